@@ -158,6 +158,8 @@ class ViT(nn.Module):
 
     def mean_lambdas(self, images):
         """The mean weight of the second branch, images (B, C, H, W) -> list of scalars, one a differential block."""
+        if not any(hasattr(block.attn, "mean_lambda") for block in self.blocks):
+            return []
         return [attn.mean_lambda(x) for attn, x in self.attention_inputs(images) if hasattr(attn, "mean_lambda")]
 
 

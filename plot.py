@@ -126,8 +126,8 @@ def mean_and_deviation(columns):
             [statistics.stdev(values) if len(values) > 1 else 0.0 for values in zip(*columns)])
 
 
-def spread(heights, gap):
-    """Move heights apart, as little as may be, until neighbours are at least `gap` from each other."""
+def spread(heights, gap, low, high):
+    """Move heights apart, as little as may be, until neighbours are `gap` from each other and all from low to high."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     blocks = []  # of [sum of (height - rank * gap), count]: their members stand `gap` apart around their mean
     for rank, i in enumerate(order):
@@ -135,7 +135,8 @@ def spread(heights, gap):
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
             total, count = blocks.pop()
             blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
-    placed = [total / count for total, count in blocks for _ in range(count)]
+    placed = [min(max(total / count, low), high - (len(heights) - 1) * gap)
+              for total, count in blocks for _ in range(count)]
     moved = [0.0] * len(heights)
     for rank, i in enumerate(order):
         moved[i] = placed[rank] + rank * gap
@@ -182,7 +183,8 @@ def label_ends(axes, ends, size):
     axes.figure.draw_without_rendering()  # so that the layout is known
     low, high = axes.get_ylim()
     points = axes.get_window_extent().height / axes.figure.dpi * 72
-    heights = spread([end[1] for end in ends], 1.3 * size / points * (high - low))
+    gap = 1.45 * size / points * (high - low)
+    heights = spread([end[1] for end in ends], gap, low + gap / 2, high - gap / 2)
     for (epoch, value, text, color, alpha), height in zip(ends, heights):
         axes.annotate(text, xy=(epoch, value), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(),
                       fontsize=size, color=color, alpha=alpha, va="center", annotation_clip=False,

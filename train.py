@@ -71,6 +71,11 @@ class UserError(Exception):
     """What the user can put right: `main` prints it as one line and exits with 2."""
 
 
+def first_line(error):
+    """What an exception says, cut to one line; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -434,7 +439,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not there ({str(error).splitlines()[0]}): try --device auto") from None
+        raise UserError(f"--device {name} is not there ({first_line(error)}): try --device auto") from None
     if device.type == "cuda":  # the same seed gives the same record, at these sizes at no cost
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -477,7 +482,7 @@ def measure_model(settings):
             model = make_model(settings)
             model(torch.empty(1, dataset["in_channels"], dataset["image_size"], dataset["image_size"]))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{settings['model']} on {settings['dataset']}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{settings['model']} on {settings['dataset']}: {first_line(error)}") from None
     return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
                 flops_per_image=counter.get_total_flops())
 
@@ -503,8 +508,9 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
 
 
@@ -518,7 +524,7 @@ def read_json(path):
     except FileNotFoundError:
         raise UserError(f"{path} is not there: {path.parent} is not a run, or not a finished one") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): move {path.parent} away or give --overwrite") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}): move {path.parent} away or give --overwrite") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a record of this program: move {path.parent} away or give --overwrite")
     return content
@@ -536,7 +542,7 @@ def load(path, device):
     except FileNotFoundError:
         raise UserError(f"{path} is not there: without it there is nothing to test") from None
     except Exception as error:  # whatever torch's reader trips over in a damaged file
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): move it away to train this run from its "
+        raise UserError(f"{path} is damaged ({first_line(error)}): move it away to train this run from its "
                         "start, or give --overwrite") from None
 
 
@@ -609,7 +615,7 @@ def train_run(folder, settings, facts, splits, device):
             scaler.load_state_dict(last["scaler"])
             rows, best = last["rows"], last["best"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder / 'last.pt'} is not a checkpoint of this run ({str(error).splitlines()[0]}): "
+            raise UserError(f"{folder / 'last.pt'} is not a checkpoint of this run ({first_line(error)}): "
                             "move it away or give --overwrite") from None
         write_metrics(folder / "metrics.csv", rows)
         print(f"{folder}: going on after epoch {len(rows)} of {settings['epochs']}", flush=True)
@@ -716,7 +722,7 @@ def evaluate_again(args):
     try:
         model.load_state_dict(load(folder / "best.pt", device))
     except RuntimeError as error:
-        raise UserError(f"{folder / 'best.pt'} does not fit {folder / 'config.json'} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder / 'best.pt'} does not fit {folder / 'config.json'} ({first_line(error)})") from None
     figures = evaluate(model, load_splits(config["dataset"], args.data_dir, device)["test"], config)
     for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}")

@@ -1,0 +1,979 @@
+"""Claims about the models, the data, the training loop and the charts, each against an independent computation.
+
+    python -m pytest
+
+Formulas are written out here in plain loops and float64; the commands are run as a user runs them, on real MNIST.
+"""
+
+import csv
+import gzip
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import plot
+import train
+import vit
+from diff_attention import DiffAttention, DiffAttentionV2, differential_attention
+from vit import MODELS, SelfAttention, ViT, build_model
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+BUDGETS = {"vit": 33_802, "vitbalanced": 55_626, "vitdiff": 38_106, "vitdiffpaper": 33_802, "vitdiffv2": 36_000}
+TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
+        "--batch-size", "1000"]
+
+
+def random_(module):
+    """The module in float64 with all parameters random, so that no norm scale of 1 or zero bias hides a mistake."""
+    module = module.double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def linear(weights, name, x):
+    y = x @ weights[f"{name}.weight"].T
+    return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
+
+
+def softmax(scores):
+    e = (scores - scores.max(-1, keepdim=True).values).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+# The formulas, head by head.
+
+def reference_self(weights, x, heads):
+    q, k, v = linear(weights, "qkv", x).split(x.shape[-1], -1)
+    d = x.shape[-1] // heads
+    maps, outs = [], []
+    for h in range(heads):
+        part = slice(h * d, (h + 1) * d)
+        maps.append(softmax(q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)))
+        outs.append(maps[-1] @ v[..., part])
+    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1))
+
+
+def reference_v1(weights, x, heads, d, depth):
+    """Equations 1 to 3 of arXiv 2410.05258, where the layer index l counts from 1."""
+    dim = x.shape[-1]
+    q, k, v = linear(weights, "qkv", x).split([2 * heads * d, 2 * heads * d, dim], -1)
+    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * ((depth + 1) - 1))
+    dots = [sum(a * b for a, b in zip(weights[f"lambda_q{i}"].tolist(), weights[f"lambda_k{i}"].tolist())) for i in (1, 2)]
+    lam = math.exp(dots[0]) - math.exp(dots[1]) + lambda_init
+    e = dim // heads
+    maps, outs = [], []
+    for h in range(heads):
+        a1, a2 = (softmax(q[..., b * d:(b + 1) * d] @ k[..., b * d:(b + 1) * d].transpose(1, 2) / math.sqrt(d))
+                  for b in (2 * h, 2 * h + 1))
+        maps.append(a1 - lam * a2)
+        out = maps[-1] @ v[..., h * e:(h + 1) * e]
+        out = out / (out.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["sub_norm.weight"]
+        outs.append((1 - lambda_init) * out)
+    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1)), lam
+
+
+def reference_v2(weights, x, heads):
+    dim = x.shape[-1]
+    d = dim // heads
+    q, k, v = linear(weights, "qkv", x).split([2 * dim, dim, dim], -1)
+    lam = 1 / (1 + (-linear(weights, "lambda_proj", x)).exp())  # (B, N, heads)
+    maps, outs = [], []
+    for h in range(heads):
+        key = k[..., h * d:(h + 1) * d].transpose(1, 2)
+        a1, a2 = (softmax(q[..., b * d:(b + 1) * d] @ key / math.sqrt(d)) for b in (2 * h, 2 * h + 1))
+        maps.append(a1 - lam[..., h, None] * a2)
+        outs.append(maps[-1] @ v[..., h * d:(h + 1) * d])
+    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1)), lam
+
+
+def attention_cases():
+    """(module, its own map and output by the formulas, sum of each map row) on random tokens."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    for heads, bias in [(1, False), (2, True), (3, False)]:
+        attn = random_(SelfAttention(24, heads, qkv_bias=bias))
+        yield attn, x, *reference_self(attn.state_dict(), x, heads), torch.ones(3, heads, 7).double()
+    for heads, d, depth, bias in [(1, None, 0, False), (2, None, 1, True), (2, 12, 3, False), (3, 5, 2, False)]:
+        attn = random_(DiffAttention(24, heads, depth=depth, head_dim=d, qkv_bias=bias))
+        maps, out, lam = reference_v1(attn.state_dict(), x, heads, d or 24 // heads // 2, depth)
+        yield attn, x, maps, out, torch.full((3, heads, 7), 1 - lam, dtype=torch.float64)
+    for heads, bias in [(1, True), (2, False), (3, False)]:
+        attn = random_(DiffAttentionV2(24, heads, qkv_bias=bias))
+        maps, out, lam = reference_v2(attn.state_dict(), x, heads)
+        yield attn, x, maps, out, 1 - lam.transpose(1, 2)
+
+
+@pytest.mark.parametrize("attn, x, maps, out, row_sums", list(attention_cases()))
+def test_attention_is_its_formula(attn, x, maps, out, row_sums):
+    torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attn.attention_map(x), maps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attn.attention_map(x).sum(-1), row_sums, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attn, x, maps, out, row_sums", list(attention_cases()))
+def test_map_times_values_through_the_rest_is_the_output(attn, x, maps, out, row_sums):
+    heads = attn.attention_map(x) @ attn.qkv(x)[..., -24:].unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    if hasattr(attn, "sub_norm"):
+        heads = (1 - attn.lambda_init) * attn.sub_norm(heads)
+    torch.testing.assert_close(attn.proj(heads.transpose(1, 2).flatten(2)), attn(x), rtol=0, atol=1e-12)
+
+
+def test_the_functional_core_stands_alone():
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 6, 5, 4).double(), torch.randn(2, 6, 5, 4).double(), torch.randn(2, 3, 5, 8).double()
+    for lam in (0.7, torch.tensor(0.7).double(), torch.rand(2, 3, 5, 1).double()):
+        expected = torch.stack([
+            (softmax(q[:, 2 * h] @ k[:, 2 * h].transpose(1, 2) / 2)
+             - (lam[:, h] if torch.is_tensor(lam) and lam.ndim else lam)
+             * softmax(q[:, 2 * h + 1] @ k[:, 2 * h + 1].transpose(1, 2) / 2)) @ v[:, h] for h in range(3)], 1)
+        torch.testing.assert_close(differential_attention(q, k, v, lam), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fused_path_of_cuda_is_the_plain_path(name, monkeypatch):
+    """What runs on CUDA, run on the CPU: scaled_dot_product_attention in place of softmax(q k') v."""
+    torch.manual_seed(0)
+    model, images = random_(build_model(name)), torch.randn(4, 1, 28, 28).double()
+    plain = model(images)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(model(images), plain, rtol=0, atol=1e-10)
+
+
+def test_lambda_is_float32_in_a_half_precision_module():
+    attn = DiffAttention(32, 1, depth=1).bfloat16()
+    vectors = [getattr(attn, f"lambda_{name}").float() for name in ("q1", "k1", "q2", "k2")]
+    expected = (vectors[0] @ vectors[1]).exp() - (vectors[2] @ vectors[3]).exp() + attn.lambda_init
+    assert attn.lam().dtype == torch.float32
+    torch.testing.assert_close(attn.lam(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("patch_size", [4, 7])
+def test_models_keep_to_their_budgets(name, patch_size):
+    parameters = sum(parameter.numel() for parameter in build_model(name, patch_size=patch_size).parameters())
+    assert 0.97 * BUDGETS[name] <= parameters <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient_and_every_size_is_a_parameter(name):
+    torch.manual_seed(0)
+    model = build_model(name, image_size=32, in_channels=3, num_classes=7, patch_size=4, dim=48, depth=3, num_heads=4,
+                        mlp_dim=40, head_hidden_dim=24, qkv_bias=True, patch_norm=False, dropout=0.0)
+    logits = model(torch.randn(5, 3, 32, 32))
+    assert logits.shape == (5, 7)
+    F.cross_entropy(logits, torch.arange(5)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if parameter_name.endswith("qkv.bias"):  # a constant in every key moves no softmax: only rounding is left of k's
+            gradient = gradient[-48:]
+        assert gradient is not None and gradient.abs().max() > 1e-9, parameter_name
+    assert [tuple(maps.shape) for maps in model.attention_maps(torch.randn(2, 3, 32, 32))] == [(2, 4, 65, 65)] * 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vit_is_a_prenorm_transformer_with_free_logits(name):
+    """The whole model from its state dict, with the blocks' attention as the formulas above have it."""
+    torch.manual_seed(0)
+    model = random_(build_model(name))
+    weights, images = model.state_dict(), torch.randn(4, 1, 28, 28).double()
+
+    def norm(prefix, x):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], eps=1e-6)
+
+    def mlp(prefix, x):
+        hidden = linear(weights, f"{prefix}.fc1", x)
+        return linear(weights, f"{prefix}.fc2", hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+
+    def attention(i, x):
+        own = {key.removeprefix(f"blocks.{i}.attn."): value for key, value in weights.items()}
+        heads = model.blocks[i].attn.num_heads
+        if name in ("vit", "vitbalanced"):
+            return reference_self(own, x, heads)
+        return reference_v2(own, x, heads) if name == "vitdiffv2" else reference_v1(own, x, heads, 16, i)
+
+    x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=7)
+    x = norm("patch_embed.norm", x.flatten(2).transpose(1, 2))
+    x = torch.cat([weights["cls_token"].expand(4, 1, -1), x], 1) + weights["pos_embed"]
+    maps = []
+    for i in range(2):
+        attended = attention(i, norm(f"blocks.{i}.norm1", x))
+        maps.append(attended[0])
+        x = x + attended[1]
+        x = x + mlp(f"blocks.{i}.mlp", norm(f"blocks.{i}.norm2", x))
+    logits = mlp("head", norm("norm", x)[:, 0])
+    torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-10)
+    for own, expected in zip(model.attention_maps(images), maps, strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-10)
+    assert logits.min() < 0  # no activation on the logits
+
+
+def test_state_dict_has_timms_names():
+    model = ViT(head_hidden_dim=0, patch_norm=False, depth=1, attention=DiffAttention)
+    assert list(model.state_dict()) == [
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "blocks.0.norm1.weight", "blocks.0.norm1.bias",
+        *(f"blocks.0.attn.lambda_{name}" for name in ("q1", "k1", "q2", "k2")), "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.sub_norm.weight", "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias",
+        "blocks.0.norm2.weight", "blocks.0.norm2.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias",
+        "blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    model, images = build_model("vit", dropout=0.5), torch.randn(2, 1, 28, 28)
+    assert not torch.equal(model.train()(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_readme_shows_how_to_add_an_attention(monkeypatch):
+    """The README's own lines, executed: one class and one row of MODELS, and the rest of the program takes it."""
+    code = re.search(r"```python\n(class .*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    monkeypatch.setattr(vit, "MODELS", MODELS)
+    before = set(MODELS)
+    exec(code, vars(vit).copy() | {"MODELS": MODELS})
+    (name,) = set(MODELS) - before
+    try:
+        model = build_model(name, dropout=0.0)
+        images = torch.randn(2, 1, 28, 28)
+        assert model(images).shape == (2, 10)
+        assert len(model.attention_maps(images)) == 2
+        settings = train.resolve_settings(train.parse_flags(["--model", name]), name, "mnist", 0, CPU)
+        assert train.measure_model(settings)["parameters"] == sum(p.numel() for p in model.parameters())
+    finally:
+        del MODELS[name]
+
+
+# Data.
+
+def use_archives(folder, name="MNIST"):
+    """A data folder of its own with links to the original archives and nothing unpacked."""
+    raw = folder / name / "raw"
+    raw.mkdir(parents=True)
+    for archive in (HERE / "data" / name / "raw").glob("*.gz"):
+        (raw / archive.name).symlink_to(archive)
+    return raw
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network in tests")
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return train.load_splits("mnist", HERE / "data", CPU)
+
+
+def rows(images):
+    return sorted(hash(image.numpy().tobytes()) for image in images)
+
+
+def test_archives_unpack_without_a_network_and_split_without_overlap(tmp_path, no_network, mnist):
+    raw = use_archives(tmp_path)
+    splits = train.load_splits("mnist", tmp_path, CPU)
+    assert {name: len(split.labels) for name, split in splits.items()} == {"train": 55_000, "val": 5_000, "test": 10_000}
+    for name in splits:
+        assert splits[name].images.dtype == torch.uint8 and splits[name].images.shape[1:] == (1, 28, 28)
+        assert torch.equal(splits[name].images, mnist[name].images)  # the same draw on every call
+        assert torch.equal(splits[name].labels, mnist[name].labels)
+    with gzip.open(raw / "train-images-idx3-ubyte.gz") as file:
+        archive = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(60_000, 28, 28)
+    assert rows(torch.cat([splits["train"].images, splits["val"].images])) == rows(archive)
+    assert splits["val"].labels.bincount().min() > 400  # all ten classes, not the archive's end
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]  # no litter
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
+def test_pixels_are_normalized_by_the_archives_own_mean_and_deviation(name):
+    splits = train.load_splits(name, HERE / "data", CPU)
+    pixels = train.normalize(torch.cat([splits["train"].images, splits["val"].images]).float(), name)
+    assert abs(pixels.mean().item()) < 1e-3 and abs(pixels.std().item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "foreign"])
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"])
+def test_damaged_data_is_named_and_left_alone(tmp_path, no_network, capsys, damage, file):
+    raw = use_archives(tmp_path)
+    if not file.endswith(".gz"):
+        for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+            shutil.copy(HERE / f"data/MNIST/raw/{name}-ubyte", raw)
+    whole = (raw / file).read_bytes()
+    bad = {"cut short": whole[:-1], "empty": b"", "foreign": bytes(len(whole))}[damage]
+    (raw / file).unlink()
+    (raw / file).write_bytes(bad)
+    before = sorted(path.name for path in raw.iterdir())
+    assert command("--data-dir", tmp_path, "--runs-dir", tmp_path / "runs") == 2
+    assert_one_line(capsys, str(raw / file), "move it away")
+    assert sorted(path.name for path in raw.iterdir()) == before and (raw / file).read_bytes() == bad
+
+
+@pytest.mark.parametrize("dataset, archive, folder", [
+    ("kmnist", "t10k-labels-idx1-ubyte.gz", "KMNIST/raw"), ("cifar10", "cifar-10-python.tar.gz", "")])
+def test_missing_data_is_named_with_its_folder(tmp_path, no_network, capsys, dataset, archive, folder):
+    assert command("--dataset", dataset, "--data-dir", tmp_path, "--runs-dir", tmp_path / "runs") == 2
+    assert_one_line(capsys, archive, str(tmp_path / folder))
+
+
+def test_fashion_mnist_is_found_where_debian_puts_it(tmp_path, no_network, monkeypatch):
+    packed = tmp_path / "system"
+    packed.mkdir()
+    for archive in (HERE / "data/FashionMNIST/raw").glob("t*.gz"):
+        packed.joinpath(archive.name).write_bytes(gzip.compress(gzip.decompress(archive.read_bytes()), 1))
+    monkeypatch.setitem(train.DATASETS["fashionmnist"], "system_folder", str(packed))
+    found = train.load_splits("fashionmnist", tmp_path / "data", CPU)
+    expected = train.load_splits("fashionmnist", HERE / "data", CPU)
+    assert all(torch.equal(found[name].images, expected[name].images) for name in expected)
+
+
+def test_cifar10_archive_unpacks_and_trains(tmp_path, no_network, monkeypatch, capsys):
+    """An archive of random images in CIFAR-10's layout, with torchvision's sums set to its own."""
+    from hashlib import md5
+    from torchvision.datasets import CIFAR10
+    sums, generator = {}, torch.Generator().manual_seed(0)
+    staging = tmp_path / "cifar-10-batches-py"
+    staging.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        content = {"data": torch.randint(256, (10_000, 3072), generator=generator, dtype=torch.uint8).numpy(),
+                   "labels": torch.randint(10, (10_000,), generator=generator).tolist()}
+        staging.joinpath(name).write_bytes(pickle.dumps({"label_names": list("0123456789")} if "meta" in name else content))
+        sums[name] = md5(staging.joinpath(name).read_bytes()).hexdigest()
+    data = tmp_path / "data"
+    data.mkdir()
+    with tarfile.open(data / CIFAR10.filename, "w:gz", compresslevel=1) as archive:
+        archive.add(staging, "cifar-10-batches-py")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5((data / CIFAR10.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    splits = train.load_splits("cifar10", data, CPU)
+    assert {name: tuple(split.images.shape) for name, split in splits.items()} == {
+        "train": (45_000, 3, 32, 32), "val": (5_000, 3, 32, 32), "test": (10_000, 3, 32, 32)}
+    first = torch.from_numpy(pickle.loads((staging / "test_batch").read_bytes())["data"][0]).view(3, 32, 32)
+    assert torch.equal(splits["test"].images[0], first)
+    assert command("--dataset", "cifar10", *TINY, "--patch-size", "16", "--epochs", "1", "--data-dir", data,
+                   "--runs-dir", tmp_path / "runs") == 0
+    with open(data / "cifar-10-batches-py/data_batch_3", "r+b") as file:
+        file.truncate(100)
+    capsys.readouterr()
+    assert command("--dataset", "cifar10", "--data-dir", data, "--runs-dir", tmp_path / "more") == 2
+    assert_one_line(capsys, "data_batch_3")
+
+
+# Augmentation.
+
+def augmentation(**strengths):
+    return train.NO_AUGMENTATION | strengths
+
+
+def test_augmentation_of_strength_zero_changes_nothing(mnist):
+    pixels, noise = mnist["train"].images[:8].float(), 2 * torch.rand(8, 7) - 1
+    assert torch.equal(train.augment(pixels, noise, augmentation()), pixels)
+    full = dict(rotation=12.0, scale=0.12, shear=0.12, shift=2.5)
+    torch.testing.assert_close(train.augment(pixels, torch.zeros(8, 7), augmentation(**full)), pixels, rtol=0, atol=1e-3)
+
+
+def test_each_strength_does_what_it_says(mnist):
+    pixels = mnist["train"].images[:3].float()
+    extreme = {name: torch.zeros(3, 7) for name in ("rotation", "shift", "flip", "scale", "shear")}
+    extreme["rotation"][:, 0] = extreme["shift"][:, 4] = extreme["scale"][:, 1] = extreme["shear"][:, 3] = 1
+    extreme["flip"][:, 6] = torch.tensor([-0.5, 0.5, -0.1])
+
+    def augmented(name, strength):
+        return train.augment(pixels, extreme[name], augmentation(**{name: strength}))
+
+    torch.testing.assert_close(augmented("rotation", 90.0), pixels.rot90(1, (2, 3)), rtol=0, atol=1e-2)
+    torch.testing.assert_close(augmented("shift", 3.0)[..., :-3], pixels[..., 3:], rtol=0, atol=1e-2)
+    assert augmented("shift", 3.0)[..., -3:].abs().max() == 0
+    flipped = augmented("flip", True)
+    assert torch.equal(flipped[0], pixels[0].flip(2)) and torch.equal(flipped[1], pixels[1])
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    ramp = (x - 13.5).expand(3, 1, 28, 28)  # its value is where a pixel came from
+    inside = (slice(None), slice(None), slice(6, 22), slice(6, 22))
+    wide = train.augment(ramp, extreme["scale"], augmentation(scale=0.12))
+    torch.testing.assert_close(wide[inside], (1.12 * ramp)[inside], rtol=0, atol=1e-3)
+    slanted = train.augment(ramp, extreme["shear"], augmentation(shear=0.12))
+    torch.testing.assert_close(slanted[inside], (ramp + 0.12 * (y - 13.5))[inside], rtol=0, atol=1e-3)
+
+
+def test_default_augmentation_is_small_and_each_images_own(mnist):
+    pixels = mnist["train"].images[:1].float().expand(64, -1, -1, -1)
+    settings = augmentation(**{name: train.DIGITS[name] for name in train.NO_AUGMENTATION})
+    drawn = train.augment(pixels, 2 * torch.rand(64, 7, generator=torch.Generator().manual_seed(0)) - 1, settings)
+    assert len({image.numpy().tobytes() for image in drawn}) == 64
+    assert (drawn.sum((1, 2, 3)) / pixels.sum((1, 2, 3)) - 1).abs().max() < 0.35  # ink stays on the canvas
+
+
+# The loop.
+
+def make_run(mnist, *flags, count=2_500, model="vit"):
+    """Settings, a model, its optimizers and a split of `count` images, as train_run has them."""
+    settings = train.resolve_settings(train.parse_flags([*TINY, *flags]), model, "mnist", 0, CPU)
+    network = train.make_model(settings)
+    split = train.Split(mnist["train"].images[:count], mnist["train"].labels[:count])
+    return settings, network, train.make_optimizers(network, settings), split
+
+
+def scaler():
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+def loss_by_hand(model, split, settings):
+    """Mean over samples of cross entropy with label smoothing, -(1 - s) log p_y - s mean_c log p_c, and accuracy."""
+    with torch.no_grad():
+        logits = model.double().eval()((split.images.double() / 255 - 0.1307) / 0.3081)
+    model.float()
+    log_p, s = logits - logits.logsumexp(1, keepdim=True), settings["label_smoothing"]
+    losses = -(1 - s) * log_p[torch.arange(len(logits)), split.labels] - s * log_p.mean(1)
+    return losses.mean().item(), (logits.argmax(1) == split.labels).double().mean().item()
+
+
+def test_loss_and_accuracy_are_over_all_samples_also_of_the_smaller_last_batch(mnist):
+    settings, model, optimizers, split = make_run(mnist, "--lr", "0", "--muon-lr", "0", "--no-augment", count=2_345)
+    expected = loss_by_hand(model, split, settings)
+    assert train.evaluate(model, split, settings) == pytest.approx(expected, abs=1e-6)
+    losses, shares, accuracy, _ = train.train_epoch(model, optimizers, scaler(), split, settings, 1)
+    assert shares.tolist() == pytest.approx([1000 / 2345, 1000 / 2345, 345 / 2345])
+    assert (losses.dot(shares).item(), accuracy) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient(mnist):
+    """One whole step against AdamW (Loshchilov and Hutter 2019) written out: at its first step it moves by lr * sign."""
+    settings, model, optimizers, split = make_run(
+        mnist, "--optimizer", "adamw", "--no-augment", "--warmup", "0", "--decay", "0", "--weight-decay", "0.5",
+        "--clip", "0.01", "--epochs", "1", count=1000)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    order = torch.randperm(1000)  # any order: one batch is the whole split
+    images = (split.images[order].float() / 255 - 0.1307) / 0.3081
+    F.cross_entropy(model(images), split.labels[order], label_smoothing=0.1).backward()
+    norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()))
+    assert norm > 0.02  # so that clipping acts
+    gradients = {name: parameter.grad * 0.01 / norm for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    train.train_epoch(model, optimizers, scaler(), split, settings, 1)
+    for name, parameter in model.named_parameters():
+        decayed = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        expected = before[name] * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradients[name] / (gradients[name].abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-4, msg=name)
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    factors = [train.rate_factor(step, 100, 0.1, 0.5) for step in range(100)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[9:51] == [1.0] * 42
+    assert factors[50:] == pytest.approx([1 - i / 50 for i in range(50)])
+    assert train.rate_factor(0, 3, 0.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_muon_takes_the_blocks_matrices_and_decay_spares_norms_biases_tokens_and_lambda(name):
+    settings = train.resolve_settings(train.parse_flags(["--weight-decay", "0.3", "--qkv-bias"]), name, "mnist", 0, CPU)
+    model = train.make_model(settings)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    muon, adamw = train.make_optimizers(model, settings)
+    assert {names[id(p)] for group in muon.param_groups for p in group["params"]} == {
+        f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    decayed = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {"patch_embed.proj.weight", "head.fc1.weight", "head.fc2.weight"}
+    everything = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, everything)) == sorted(names)  # each parameter once
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone(mnist, monkeypatch):
+    seen = []
+
+    def record(pixels, noise, settings):
+        seen[-1].append((pixels.sum((1, 2, 3)), noise))
+        return pixels
+
+    monkeypatch.setattr(train, "augment", record)
+    for seed, epoch in [("0", 1), ("0", 1), ("0", 2), ("4294967295", 1)]:
+        settings, model, optimizers, split = make_run(mnist, "--seed", seed)
+        settings["seed"] = int(seed)
+        torch.rand(len(seen) + 1)  # whatever the global generator went through before
+        seen.append([])
+        train.train_epoch(model, optimizers, scaler(), split, settings, epoch)
+    first, again, next_epoch, other_seed = ([torch.cat(part) for part in zip(*epoch)] for epoch in seen)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for other in (next_epoch, other_seed):
+        assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+        assert torch.equal(first[0].sort().values, other[0].sort().values)  # every image once
+    assert first[1].min() >= -1 and first[1].max() < 1 and abs(first[1].mean()) < 0.03
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_amp_trains_close_to_float32(mnist, precision):
+    losses = {}
+    for amp in ("off", precision):
+        settings, model, optimizers, split = make_run(mnist, "--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3")
+        grad_scaler = torch.amp.GradScaler("cpu", enabled=amp == "float16")
+        losses[amp] = torch.cat([
+            train.train_epoch(model, optimizers, grad_scaler, split, settings, epoch)[0] for epoch in (1, 2)])
+        assert next(model.parameters()).dtype == torch.float32
+    assert not torch.equal(losses["off"], losses[precision])
+    torch.testing.assert_close(losses["off"], losses[precision], rtol=0.02, atol=0)
+
+
+# The commands.
+
+def command(*flags):
+    """train.py's exit status, run in this process."""
+    try:
+        return train.main([str(flag) for flag in flags])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def assert_one_line(capsys, *words):
+    """What went to stderr is a single line that has all these words."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error, error
+    for word in words:
+        assert word in error, error
+
+
+def launch(*flags, script="train.py", **options):
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def untimed(folder):
+    """metrics.csv without its timing columns, as text."""
+    with open(folder / "metrics.csv") as file:
+        return [[value for name, value in row.items() if name not in ("seconds", "images_per_second")]
+                for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never broken off: its folder. Dropout is on, so that its state counts too."""
+    runs = tmp_path_factory.mktemp("finished")
+    assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", runs) == 0
+    return runs / "mnist-vitdiff-seed0"
+
+
+def copy_run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "runs" / finished.name))
+
+
+def test_a_run_leaves_its_records(finished):
+    assert {path.name for path in finished.iterdir()} == set(train.RECORDS)
+    config, summary = (json.loads((finished / name).read_text()) for name in ("config.json", "summary.json"))
+    with open(finished / "metrics.csv") as file:
+        reader = csv.DictReader(file)
+        metrics = list(reader)
+    assert reader.fieldnames == ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+                                 "seconds", "images_per_second", "lambda_0"]
+    assert [(row["epoch"], row["step"]) for row in metrics] == [("1", "55"), ("2", "110"), ("3", "165")]
+    best = min(metrics, key=lambda row: float(row["val_loss"]))
+    assert summary["best_epoch"] == int(best["epoch"])
+    assert summary["val_loss"] == pytest.approx(float(best["val_loss"]), abs=1e-6)
+    assert sum(float(row["seconds"]) for row in metrics) == pytest.approx(summary["seconds"], abs=0.01)
+    assert summary["train_seconds"] < summary["seconds"]
+    assert config["parameters"] == summary["parameters"] == sum(
+        weights.numel() for weights in torch.load(finished / "best.pt", weights_only=True).values())
+    assert config["amp"] == "off" and config["device"] == "cpu" and config["torch"] == torch.__version__
+    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs
+    attention = tokens * dim * 5 * dim + 2 * tokens**2 * 2 * 4 + 2 * tokens**2 * 4 + tokens * dim * dim
+    products = 4 * 196 * dim + attention + 2 * tokens * dim * 16 + dim * 16 + 16 * 10
+    assert config["flops_per_image"] == 2 * products
+    assert torch.load(finished / "last.pt", weights_only=True)["rows"][-1]["epoch"] == 3
+
+
+def test_test_figures_are_those_of_the_best_weights(finished, mnist, capsys):
+    config, summary = (json.loads((finished / name).read_text()) for name in ("config.json", "summary.json"))
+    model = train.make_model(config)
+    model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
+    loss, accuracy = loss_by_hand(model, mnist["test"], config)
+    assert summary["test_loss"] == pytest.approx(loss, abs=1e-5) and summary["test_accuracy"] == accuracy
+    assert command("--eval", finished) == 0
+    again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines())
+    assert again == recorded
+
+
+def test_the_test_split_is_read_once_with_the_lowest_validation_loss(tmp_path, monkeypatch):
+    """Validation losses that fall and rise again: the weights of the second epoch are tested, those of the third not."""
+    val_losses, tested = iter([0.9, 0.5, 0.7]), []
+
+    def evaluate(model, split, settings):
+        if len(split.labels) == 5_000:
+            return next(val_losses), 0.5
+        tested.append({name: weights.clone() for name, weights in model.state_dict().items()})
+        return 0.6, 0.4
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 0
+    (weights,) = tested
+    best, last = (torch.load(tmp_path / f"mnist-vitdiff-seed0/{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert all(torch.equal(weights[name], best[name]) for name in best)
+    assert any(not torch.equal(weights[name], last["model"][name]) for name in best)
+    assert json.loads((tmp_path / "mnist-vitdiff-seed0/summary.json").read_text())["best_epoch"] == 2
+
+
+def test_args_txt_repeats_a_run_and_a_run_killed_and_resumed_is_as_one_never_broken_off(finished, tmp_path):
+    process = launch(f"@{finished / 'args.txt'}", "--runs-dir", tmp_path)
+    folder = tmp_path / finished.name
+    while not (folder / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (folder / "summary.json").exists()
+    assert 1 <= len(untimed(folder)) < 3
+    resumed = launch(f"@{finished / 'args.txt'}", "--runs-dir", tmp_path)
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "going on after epoch" in out and err == ""  # plain lines and no bar where output is no terminal
+    assert untimed(folder) == untimed(finished)
+    assert (folder / "args.txt").read_bytes() == (finished / "args.txt").read_bytes()
+    best = [torch.load(run / "best.pt", weights_only=True) for run in (folder, finished)]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[1])
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (folder, finished)]
+    assert all(summaries[0][name] == summaries[1][name] for name in ("best_epoch", "val_loss", "test_loss", "test_accuracy"))
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    train.write_whole(path, "old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        train.write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_products_are_trained_once(tmp_path, capsys):
+    flags = [*TINY, "--epochs", "1", "--model", "vit", "vitdiffv2", "--seed", "0", "1", "--runs-dir", tmp_path]
+    assert command(*flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"mnist-{model}-seed{seed}" for model in ("vit", "vitdiffv2") for seed in (0, 1)}
+    assert untimed(tmp_path / "mnist-vit-seed0") != untimed(tmp_path / "mnist-vit-seed1")
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 4
+    shutil.rmtree(tmp_path / "mnist-vit-seed1")
+    assert command(*flags) == 0
+    out = capsys.readouterr().out
+    assert out.count(" epoch 1/1 ") == 1 and out.count(" parameters ") == 4
+    assert command(*flags, "--model", "vit", "--overwrite") == 0
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
+
+
+def test_other_settings_in_a_run_folder_are_refused_and_named(finished, tmp_path, capsys):
+    folder = copy_run(finished, tmp_path)
+    assert command(*TINY, "--epochs", "4", "--lr", "0.01", "--runs-dir", folder.parent) == 2
+    assert_one_line(capsys, "epochs is 3 there and 4 here", "lr is 0.003 there and 0.01 here", "--overwrite")
+    assert untimed(folder) == untimed(finished)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "summary.json"])
+def test_damaged_records_are_named(finished, tmp_path, capsys, name):
+    folder = copy_run(finished, tmp_path)
+    if name.endswith(".pt"):
+        (folder / "summary.json").unlink()
+    whole = (folder / name).read_bytes()
+    for bad in (whole[:len(whole) // 2], b"", b"not a record"):
+        (folder / name).write_bytes(bad)
+        assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", folder.parent) == 2
+        assert_one_line(capsys, str(folder / name), "damaged", "--overwrite")
+        assert (folder / name).read_bytes() == bad
+    assert untimed(folder) == untimed(finished)
+
+
+def test_a_second_process_on_a_run_is_refused(tmp_path, capsys):
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    with train.locked(folder):
+        assert command(*TINY, "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, str(folder), "another process")
+    with train.locked(folder):
+        pass  # the lock goes with its holder
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_record(tmp_path, monkeypatch, capsys):
+    real = train.train_epoch
+
+    def diverge(*args):
+        losses, *rest = real(*args)
+        losses[7:] = math.nan if args[-1] == 2 else losses[7:]
+        return losses, *rest
+
+    monkeypatch.setattr(train, "train_epoch", diverge)
+    assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "loss is nan at epoch 2, step 8 of 55", "--lr")
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
+    assert torch.load(folder / "last.pt", weights_only=True)["rows"][-1]["epoch"] == 1
+
+
+def test_a_rate_that_is_far_too_high_is_such_a_loss(tmp_path, capsys):
+    assert command(*TINY, "--optimizer", "adamw", "--lr", "1e38", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "the loss is", "at epoch 1, step ")
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = launch(*TINY, "--epochs", "100", "--runs-dir", tmp_path)
+    while not (tmp_path / "mnist-vitdiff-seed0/metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.count("\n") == 1 and "run the same command again" in err
+    assert untimed(tmp_path / "mnist-vitdiff-seed0")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
+    """A limit on the size of files stands in for the disk: config.json fits, a checkpoint does not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    process = launch(*TINY, "--epochs", "2", "--runs-dir", tmp_path, preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.count("\n") == 1 and "best.pt" in err and "Traceback" not in err
+    assert {path.name for path in (tmp_path / "mnist-vitdiff-seed0").iterdir()} == {"config.json", "args.txt"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "vitdif"], ["unknown model 'vitdif'", "did you mean vitdiff?"]),
+    (["--dataset", "fashion-mnist"], ["unknown data set 'fashion-mnist'", "did you mean fashionmnist?"]),
+    (["--patch-size", "5"], ["patch size 5 does not divide image size 28", "[1, 2, 4, 7, 14, 28]"]),
+    (["--dim", "33"], ["width 33 is not divisible by 2 heads"]),
+    (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18 is not divisible by 6 heads of 2 branches"]),
+    (["--dim", "999999999999"], ["vitdiff on mnist: "]),
+    (["--epochs", "0"], ["--epochs: '0' is not a whole number of at least 1"]),
+    (["--epochs", "2.5"], ["--epochs: '2.5'"]),
+    (["--batch-size", "0"], ["--batch-size: '0'"]),
+    (["--batch-size", "55001"], ["--batch-size: 55001 is more than the 55000 training images of mnist"]),
+    (["--lr", "nan"], ["--lr: 'nan' is not a number of at least 0"]),
+    (["--lr=-1e-3"], ["--lr: '-1e-3'"]),
+    (["--muon-lr", "inf"], ["--muon-lr: 'inf'"]),
+    (["--weight-decay", "x"], ["--weight-decay: 'x'"]),
+    (["--dropout", "1"], ["--dropout: '1' is not a number of at least 0 and below 1"]),
+    (["--dropout=-0.1"], ["--dropout: '-0.1'"]),
+    (["--label-smoothing", "1"], ["--label-smoothing: '1'"]),
+    (["--warmup", "1.5"], ["--warmup: '1.5' is not a number from 0 to 1"]),
+    (["--seed", "0", "4294967296"], ["--seed: '4294967296'"]),
+    (["--optimizer", "sgd"], ["--optimizer", "adamw"]),
+    (["--device", "cuda:99"], ["--device cuda:99 is not there", "--device auto"]),
+    (["--device", "gpu"], ["--device gpu is not there"]),
+    (["--nonsense"], ["--nonsense"]),
+    (["@missing.txt"], ["missing.txt", "No such file"]),
+    (["@data"], ["data", "directory"]),
+    (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["an @file does not hold flags"]),
+    (["--data-dir", "README.md"], ["--data-dir: README.md is a file"]),
+    (["--runs-dir", "README.md"], ["--runs-dir: README.md is a file"]),
+    (["--runs-dir", "README.md/runs"], ["README.md"]),
+    (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
+    (["--eval", "nowhere"], ["nowhere/config.json is not there"]),
+    (["--eval", "nowhere", "--epochs", "3"], ["leave out --epochs"]),
+])
+def test_bad_input_is_one_line_and_exit_2(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    if "--runs-dir" not in flags and "--eval" not in flags:
+        flags = [*flags, "--runs-dir", tmp_path / "runs"]
+    assert command(*flags) == 2
+    assert_one_line(capsys, "train.py: error: ", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mnist-vitdiff-seed0").write_text("mine")
+    assert command("--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "mnist-vitdiff-seed0 is a file")
+    (tmp_path / "mnist-vit-seed0").mkdir()
+    (tmp_path / "mnist-vit-seed0/metrics.csv").write_text("mine")
+    assert command("--model", "vit", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "metrics.csv but no config.json")
+    assert (tmp_path / "mnist-vit-seed0/metrics.csv").read_text() == "mine"
+
+
+def test_help_and_bad_flags_answer_without_torch():
+    for flags, status in [(["--help"], 0), (["--epochs", "0"], 2)]:
+        process = subprocess.run([sys.executable, "-X", "importtime", HERE / "train.py", *flags], capture_output=True, text=True)
+        assert process.returncode == status
+        assert "argparse" in process.stderr and not re.search(r"\| +(torch|numpy|tqdm)\b", process.stderr)
+    help_text = subprocess.run([sys.executable, HERE / "train.py", "--help"], capture_output=True, text=True).stdout
+    for name in [*MODELS, *train.DATASETS]:
+        assert re.search(rf"\b{name}\b", help_text)
+    args = train.parse_flags([])
+    for dataset, facts in train.DATASETS.items():
+        settings = train.resolve_settings(args, "vitbalanced", dataset, 0, CPU)
+        assert settings["dim"] == 48 and settings["epochs"] == facts["defaults"]["epochs"]
+
+
+def test_the_commands_of_the_readme_in_miniature(tmp_path):
+    """The three commands as a user types them, on real MNIST, for one epoch."""
+    process = launch("--model", "vitdiff", "--dataset", "mnist", "--epochs", "1", "--runs-dir", tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == "", err
+    assert re.search(r"37,290 parameters  val loss \d.\d{4}  test loss \d.\d{4}  test accuracy \d\d.\d\d%", out), out
+    summary = json.loads((tmp_path / "mnist-vitdiff-seed0/summary.json").read_text())
+    assert summary["test_accuracy"] > 0.85
+    process = launch(tmp_path, script="plot.py")
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == "", err
+    assert f"{summary['test_accuracy']:.2%}" in out
+    for name in ("val-loss", "val-accuracy", "lambda"):
+        assert (tmp_path / f"mnist-{name}.png").read_bytes().startswith(b"\x89PNG")
+    collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=HERE, capture_output=True, text=True)
+    assert collected.returncode == 0 and "test_the_commands_of_the_readme_in_miniature" in collected.stdout
+
+
+# Charts and tables.
+
+def record(root, model="vit", seed=0, dataset="mnist", epochs=20, values=None, lambdas=(), **settings):
+    """The records of a made-up finished run: a folder below root."""
+    folder = root / f"{dataset}-{model}-seed{seed}"
+    folder.mkdir(parents=True)
+    values = values or [0.5 + math.exp(-epoch) + 0.01 * seed for epoch in range(1, epochs + 1)]
+    config = dict(model=model, dataset=dataset, seed=seed, epochs=epochs, device="cpu", parameters=33_034) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "metrics.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "val_loss", "val_accuracy", *(f"lambda_{i}" for i in range(len(lambdas)))])
+        writer.writerows([epoch, value, 1 - value / 10, *lambdas] for epoch, value in enumerate(values, 1))
+    (folder / "summary.json").write_text(json.dumps(dict(
+        parameters=33_034, val_loss=values[-1], test_loss=values[-1] - 0.01, test_accuracy=0.98 + 0.001 * seed,
+        milliseconds_per_step=7.0)))
+    return folder
+
+
+def charts(root, dataset="mnist"):
+    datasets, _ = plot.group_runs(plot.find_runs(root)[0])
+    return plot.make_charts(dataset, datasets[dataset], plot.pick_styles(datasets))
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_a_drawn_line_is_the_mean_of_the_records_and_the_band_their_deviation(tmp_path):
+    record(tmp_path, "vit", 0, epochs=3, values=[0.9, 0.7, 0.6])
+    record(tmp_path, "vit", 1, epochs=3, values=[0.8, 0.7, 0.5])
+    record(tmp_path, "vitdiff", 0, epochs=3, values=[0.7, 0.6, 0.55], lambdas=[0.2, 0.35])
+    figures = charts(tmp_path)
+    lines = lines_of(figures["val-loss"].axes[0])
+    assert lines["vit (2 seeds)"].get_xdata().tolist() == [1, 2, 3]
+    assert lines["vit (2 seeds)"].get_ydata() == pytest.approx([0.85, 0.7, 0.55])
+    assert lines["vitdiff (1 seed)"].get_ydata() == pytest.approx([0.7, 0.6, 0.55])
+    (band,) = figures["val-loss"].axes[0].collections
+    deviation = 0.1 / math.sqrt(2)  # of two values 0.1 apart, by n - 1
+    assert {round(y, 6) for y in band.get_paths()[0].vertices[:, 1]} >= {
+        round(0.85 - deviation, 6), round(0.85 + deviation, 6), round(0.55 + deviation, 6), 0.7}
+    texts = {text.get_text() for text in figures["val-loss"].axes[0].texts}
+    assert texts == {"vit 0.550", "vitdiff 0.550", "vit, published 0.638", "vitdiff, published 0.624"}
+    assert lines_of(figures["val-accuracy"].axes[0])["vit (2 seeds)"].get_ydata() == pytest.approx([0.915, 0.93, 0.945])
+    panels = figures["lambda"].axes
+    assert [lines_of(axes)["vitdiff (1 seed)"].get_ydata()[-1] for axes in panels] == [0.2, 0.35]
+    assert all("vit (2 seeds)" not in lines_of(axes) for axes in panels)
+
+
+def test_published_figures_are_marked_where_model_and_data_set_match(tmp_path):
+    record(tmp_path, "vitbalanced", dataset="fashionmnist", epochs=30)
+    record(tmp_path, "vitdiffv2", dataset="fashionmnist", epochs=30)
+    record(tmp_path, "vit", dataset="kmnist")
+    axes = charts(tmp_path, "fashionmnist")["val-loss"].axes[0]
+    marks = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_linestyle() == "None"]
+    assert marks == [[[30, 0.792]]]
+    assert all(line.get_linestyle() != "None" for line in charts(tmp_path, "kmnist")["val-loss"].axes[0].get_lines())
+
+
+def test_labels_do_not_overlap(tmp_path):
+    for i, model in enumerate(plot.MODELS):  # five lines that end within a hair's breadth of each other
+        record(tmp_path, model, values=[0.9 - 0.018 * epoch + 0.0001 * i for epoch in range(20)])
+    for figure in charts(tmp_path).values():
+        figure.draw_without_rendering()
+        width = figure.get_window_extent().width
+        for axes in figure.axes:
+            boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+            assert len(boxes) >= 5
+            assert all(lower.y1 <= upper.y0 + 0.5 for lower, upper in zip(boxes, boxes[1:]))
+            assert all(box.x1 <= width for box in boxes)
+
+
+def test_spread_moves_no_further_than_it_must():
+    assert plot.spread([3.0, 0.0, 10.0], 1.0, 0.0, 10.0) == [3.0, 0.0, 10.0]
+    assert plot.spread([1.0, 1.0], 1.0, 0.0, 10.0) == [0.5, 1.5]
+    assert plot.spread([0.0, 5.0, 5.5, 5.2], 1.0, 0.0, 10.0) == pytest.approx([0.0, 4.2333, 6.2333, 5.2333], abs=1e-3)
+    assert plot.spread([0.1, 0.2, 9.9], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.9]
+    assert plot.spread([9.9, 9.8, 4.0], 1.0, 0.0, 10.0) == [10.0, 9.0, 4.0]
+
+
+def test_runs_of_other_settings_are_lines_of_their_own(tmp_path):
+    record(tmp_path / "a", "vit", 0)
+    record(tmp_path / "b", "vit", 0, epochs=3)
+    record(tmp_path / "c", "vit", 0)  # the same settings and seed once more
+    datasets, skipped = plot.group_runs(plot.find_runs(tmp_path)[0])
+    assert set(datasets["mnist"]) == {"vit, epochs 20", "vit, epochs 3"}
+    assert len(skipped) == 1 and str(tmp_path / "c") in skipped[0] and str(tmp_path / "a") in skipped[0]
+
+
+def test_the_table_has_means_and_confidence_intervals_and_bold_for_the_best(tmp_path):
+    for seed, loss in enumerate([0.50, 0.52, 0.54]):
+        record(tmp_path, "vit", seed, epochs=1, values=[loss])
+    record(tmp_path, "vitdiff", 0, epochs=1, values=[0.51])
+    (datasets, _) = plot.group_runs(plot.find_runs(tmp_path)[0])
+    table = plot.write_table("mnist", datasets["mnist"])
+    half = 4.303 * 0.02 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the deviation of 0.50, 0.52, 0.54
+    assert f"| vit | 33,034 | 3 | 0.5200 ± {half:.4f} | 0.5100 ± {half:.4f} | **98.10%** ± 0.25% |" in table
+    assert "| vitdiff | 33,034 | 1 | **0.5100** | **0.5000** | 98.00% |" in table
+    assert plot.confidence([1.0]) is None
+
+
+def test_plot_names_what_it_skips_and_needs_neither_torch_nor_data(tmp_path):
+    record(tmp_path / "reference", "vit")
+    (record(tmp_path, "vitdiff") / "summary.json").unlink()
+    (record(tmp_path, "vitdiffv2") / "metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
+    (record(tmp_path, "vitbalanced") / "config.json").write_text("{")
+    (record(tmp_path, "vitdiffpaper") / "metrics.csv").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "holiday").mkdir()
+    code = ("import sys\nsys.modules.update(torch=None, torchvision=None, train=None, vit=None)\n"
+            "import plot\nsys.exit(plot.main(sys.argv[1:]))")
+    process = subprocess.run([sys.executable, "-c", code, tmp_path, "--out", tmp_path / "out", "--format", "svg"],
+                             cwd=HERE, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    skipped = dict(line.removeprefix("skipped ").split(": ", 1) for line in process.stderr.splitlines())
+    assert {Path(folder).name: reason.split(":")[0] for folder, reason in skipped.items()} == {
+        "mnist-vitdiff-seed0": "unfinished", "mnist-vitdiffv2-seed0": "damaged", "mnist-vitbalanced-seed0": "damaged",
+        "mnist-vitdiffpaper-seed0": "damaged", "holiday": "not a run"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "mnist-val-loss.svg", "mnist-val-accuracy.svg", "mnist-table.md"}
+    xml.etree.ElementTree.parse(tmp_path / "out/mnist-val-loss.svg")
+    assert (tmp_path / "out/mnist-table.md").read_text() in process.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["empty"], "no finished run"), (["nowhere"], "is not a folder"), (["file"], "is not a folder"),
+    (["runs", "--out", "file"], "cannot write into"), (["runs", "--format", "gif"], "--format")])
+def test_plot_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file").touch()
+    record(Path("runs"))
+    try:
+        status = plot.main(flags)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    assert_one_line(capsys, "plot.py: error: ", words)

@@ -219,7 +219,7 @@ def make_charts(dataset, groups, styles):
                                 "{:.3f}".format, styles, {label: figures[1] for label, figures in published.items()},
                                 f"hollow marks: published, one run of {min(epochs, default=0)} epochs", skip=0.1),
         "val-accuracy": draw_curves(f"{dataset}: validation accuracy", {"": ("val_accuracy", groups)},
-                                    "validation accuracy", "{:.1%}".format, styles, skip=0.1),
+                                    "validation accuracy", "{:.2%}".format, styles, skip=0.1),
     }
     differential = {label: members for label, members in groups.items() if "lambda_0" in members[0]["metrics"]}
     columns = sorted({column for members in differential.values() for column in members[0]["metrics"]

@@ -142,7 +142,7 @@ def make_parser():
                        help="muon is Muon for the matrices of the blocks and AdamW for the rest (default: %(default)s)")
     group.add_argument("--lr", type=rate, default=3e-3, metavar="X", help="peak of AdamW (default: %(default)s)")
     group.add_argument("--muon-lr", type=rate, default=2e-2, metavar="X", help="peak of Muon (default: %(default)s)")
-    group.add_argument("--weight-decay", type=rate, default=0.01, metavar="X",
+    group.add_argument("--weight-decay", type=rate, default=0.1, metavar="X",
                        help="decoupled; not on norms, biases, tokens, lambda (default: %(default)s)")
     group.add_argument("--warmup", type=share, default=0.05, metavar="X",
                        help="share of the steps in which the learning rate rises (default: %(default)s)")
@@ -407,7 +407,7 @@ def train_epoch(model, optimizers, scaler, split, settings, epoch):
             if not bar.disable and step % 50 == 0:  # reading a loss waits for the device, so not at every step
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct.item() / bar.n:.2%}")
     shares = torch.tensor([len(index) / count for index in order.split(batch_size)], dtype=torch.double)
-    return torch.stack(losses).double().cpu(), shares, correct.item() / count, factor
+    return torch.stack(losses).cpu().double(), shares, correct.item() / count, factor
 
 
 @torch.inference_mode()
@@ -518,16 +518,23 @@ def write_json(path, content):
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path):
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever a missing, damaged or foreign record makes its reader trip over into a UserError that names it."""
     try:
-        content = json.loads(path.read_text())
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: {path.parent} is not a run, or not a finished one") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): move {path.parent} away or give --overwrite") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a record of this program: move {path.parent} away or give --overwrite")
-    return content
+        raise UserError(f"{path} is not there: is {path.parent} a finished run?") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not of this run ({first_line(error)}): move it away, or give --overwrite "
+                        "to train the run afresh") from None
+
+
+def read_json(path):
+    with reading(path):
+        return json.loads(path.read_text())
 
 
 def save(path, content):
@@ -537,13 +544,8 @@ def save(path, content):
 
 
 def load(path, device):
-    try:
+    with reading(path):
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: without it there is nothing to test") from None
-    except Exception as error:  # whatever torch's reader trips over in a damaged file
-        raise UserError(f"{path} is damaged ({first_line(error)}): move it away to train this run from its "
-                        "start, or give --overwrite") from None
 
 
 def write_args(path, settings):
@@ -591,9 +593,10 @@ def is_finished(folder, settings):
             raise UserError(f"{folder} has {strays[0]} but no config.json, so what made it is not known: "
                             "move it away or give --overwrite")
         return False
-    config = read_json(folder / "config.json")
-    differing = [f"{name} is {config.get(name)} there and {value} here"
-                 for name, value in settings.items() if config.get(name) != value]
+    with reading(folder / "config.json"):
+        config = read_json(folder / "config.json")
+        differing = [f"{name} is {config.get(name)} there and {value} here"
+                     for name, value in settings.items() if config.get(name) != value]
     if differing:
         raise UserError(f"{folder} is of other settings ({'; '.join(differing)}): give those, another --runs-dir, "
                         "or --overwrite to lose it")
@@ -607,16 +610,13 @@ def train_run(folder, settings, facts, splits, device):
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16")
     rows, best = [], dict(epoch=0, val_loss=math.inf)
     if (folder / "last.pt").exists():
-        last = load(folder / "last.pt", device)
-        try:
+        with reading(folder / "last.pt"):
+            last = load(folder / "last.pt", device)
             model.load_state_dict(last["model"])
             for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             scaler.load_state_dict(last["scaler"])
             rows, best = last["rows"], last["best"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder / 'last.pt'} is not a checkpoint of this run ({first_line(error)}): "
-                            "move it away or give --overwrite") from None
         write_metrics(folder / "metrics.csv", rows)
         print(f"{folder}: going on after epoch {len(rows)} of {settings['epochs']}", flush=True)
     else:
@@ -644,7 +644,8 @@ def train_run(folder, settings, facts, splits, device):
         write_metrics(folder / "metrics.csv", rows)
         print_epoch(folder, settings, rows[-1])
 
-    model.load_state_dict(load(folder / "best.pt", device))
+    with reading(folder / "best.pt"):
+        model.load_state_dict(load(folder / "best.pt", device))
     test_loss, test_accuracy = evaluate(model, splits["test"], settings)
     epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
     steps = rows[-1]["step"] / len(rows)
@@ -673,12 +674,9 @@ def print_epoch(folder, settings, row):
 
 
 def print_summary(folder):
-    summary = read_json(folder / "summary.json")
-    try:
-        print("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  "
-              "test accuracy {test_accuracy:.2%}  {seconds:.0f} s".format(**summary), f" {folder}", flush=True)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'summary.json'} is damaged ({error!r}): move {folder} away or give --overwrite") from None
+    with reading(folder / "summary.json"):
+        print("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  test accuracy "
+              "{test_accuracy:.2%}  {seconds:.0f} s".format(**read_json(folder / "summary.json")), f" {folder}", flush=True)
 
 
 def train_all(args):
@@ -711,18 +709,15 @@ def train_all(args):
 def evaluate_again(args):
     """Test the best weights of a finished run once more and set the figures next to those recorded."""
     folder, device = args.eval, pick_device(args.device)
-    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    try:
+    with reading(folder / "config.json"):
+        config = read_json(folder / "config.json")
         check_name("model", config["model"], MODELS)
-        check_name("data set", config["dataset"], DATASETS)
         model = make_model(config).to(device)
+    with reading(folder / "summary.json"):
+        summary = read_json(folder / "summary.json")
         recorded = summary["test_loss"], summary["test_accuracy"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} is not a run of this program ({error!r})") from None
-    try:
+    with reading(folder / "best.pt"):
         model.load_state_dict(load(folder / "best.pt", device))
-    except RuntimeError as error:
-        raise UserError(f"{folder / 'best.pt'} does not fit {folder / 'config.json'} ({first_line(error)})") from None
     figures = evaluate(model, load_splits(config["dataset"], args.data_dir, device)["test"], config)
     for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}")

@@ -79,7 +79,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block around the module `attn`: (B, N, dim) -> (B, N, dim)."""
+    """A pre-norm transformer block around the module `attn`: (B, N, dim) -> (B, N, dim).
+
+    With `keep`, only the first `keep` tokens go on after the attention: (B, N, dim) -> (B, keep, dim).
+    """
 
     def __init__(self, dim, mlp_dim, attn, dropout):
         super().__init__()
@@ -89,8 +92,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim, dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
-        x = x + self.dropout(self.attn(self.norm1(x)))
+    def forward(self, x, keep=None):
+        x = (x + self.dropout(self.attn(self.norm1(x))))[:, :keep]
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -129,9 +132,9 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(
+        self.blocks = nn.ModuleList(
             Block(dim, mlp_dim, attention(dim, num_heads, depth=i, qkv_bias=qkv_bias), dropout)
-            for i in range(depth)))
+            for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = Mlp(dim, head_hidden_dim, num_classes) if head_hidden_dim else nn.Linear(dim, num_classes)
 
@@ -142,8 +145,11 @@ class ViT(nn.Module):
         return self.dropout(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
 
     def forward(self, images):
-        tokens = self.norm(self.blocks(self.embed(images)))
-        return self.head(tokens[:, 0])
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, keep=1)  # the head reads the class token alone, so no other needs the last MLP
+        return self.head(self.norm(x[:, 0]))
 
     def attention_inputs(self, images):
         """What each block's attention sees: images (B, C, H, W) -> pairs of (attention module, tokens (B, N, dim))."""

@@ -46,7 +46,7 @@ DATASETS = {
         defaults=DIGITS),
     "fashionmnist": dict(
         source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
-        defaults=dict(epochs=30, patch_size=7, rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=True),
+        defaults=dict(epochs=30, patch_size=7, rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True),
         system_folder="/usr/share/datasets/fashion-mnist"),  # of Debian's package dataset-fashion-mnist
     "kmnist": dict(
         source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
@@ -102,6 +102,11 @@ def number(kind, what, is_right):
     return parse
 
 
+def by_dataset(flag):
+    """The default of a flag that depends on the data set, for --help."""
+    return "(default: " + ", ".join(f"{name} {facts['defaults'][flag]}" for name, facts in DATASETS.items()) + ")"
+
+
 def make_parser():
     parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,7 +128,7 @@ def make_parser():
                        help="of the initial weights, batch order, augmentation and dropout (default: 0)")
 
     group = parser.add_argument_group("sizes; the model's own where left out")
-    group.add_argument("--patch-size", type=positive, metavar="N", help="pixels a side (default: 7; cifar10 4)")
+    group.add_argument("--patch-size", type=positive, metavar="N", help=f"pixels a side {by_dataset('patch_size')}")
     group.add_argument("--dim", type=positive, metavar="N", help="width of the tokens (default: 32; vitbalanced 48)")
     group.add_argument("--depth", type=positive, metavar="N", help="blocks (default: 2)")
     group.add_argument("--num-heads", type=positive, metavar="N", help="heads (default: 2; vitdiffpaper 1)")
@@ -136,7 +141,7 @@ def make_parser():
     group.add_argument("--qkv-bias", action=argparse.BooleanOptionalAction, help="biases of q, k, v (default: no)")
 
     group = parser.add_argument_group("recipe, the same for every model")
-    group.add_argument("--epochs", type=positive, metavar="N", help="default: 20; fashionmnist, cifar10 30")
+    group.add_argument("--epochs", type=positive, metavar="N", help=by_dataset("epochs"))
     group.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: %(default)s)")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="muon",
                        help="muon is Muon for the matrices of the blocks and AdamW for the rest (default: %(default)s)")
@@ -155,12 +160,12 @@ def make_parser():
     group.add_argument("--dropout", type=probability, default=0.0, metavar="X", help="default: %(default)s")
 
     group = parser.add_argument_group("augmentation, drawn anew for each training image in each epoch")
-    group.add_argument("--rotation", type=rate, metavar="X", help="degrees at most (default: 12; see --flip)")
-    group.add_argument("--scale", type=probability, metavar="X", help="stretch each way at most (default: 0.12)")
-    group.add_argument("--shear", type=probability, metavar="X", help="slant at most (default: 0.12)")
-    group.add_argument("--shift", type=rate, metavar="X", help="pixels each way at most (default: 2.5; cifar10 4)")
+    group.add_argument("--rotation", type=rate, metavar="X", help=f"degrees at most {by_dataset('rotation')}")
+    group.add_argument("--scale", type=probability, metavar="X", help=f"stretch each way at most {by_dataset('scale')}")
+    group.add_argument("--shear", type=probability, metavar="X", help=f"slant at most {by_dataset('shear')}")
+    group.add_argument("--shift", type=rate, metavar="X", help=f"pixels each way at most {by_dataset('shift')}")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                       help="mirror every other image (default: no; fashionmnist, cifar10 yes and none of the above)")
+                       help=f"mirror every other image {by_dataset('flip')}")
     group.add_argument("--no-augment", nargs=0, action=NoAugmentation, default=argparse.SUPPRESS, help="none of these")
 
     group = parser.add_argument_group("where and how")
@@ -440,7 +445,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} is not there ({first_line(error)}): try --device auto") from None
-    if device.type == "cuda":  # the same seed gives the same record, at these sizes at no cost
+    if device.type == "cuda":  # so that the same seed gives the same record
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -126,7 +126,8 @@ class DiffAttention(nn.Module):
     def forward(self, x):
         q, k, v = self.project(x)
         heads = differential_attention(q, k, v, self.lam().type_as(q))
-        return self.proj(merge_heads((1 - self.lambda_init) * self.sub_norm(heads)))
+        heads = self.sub_norm(heads.type_as(self.sub_norm.weight))  # under autocast a norm is in float32
+        return self.proj(merge_heads((1 - self.lambda_init) * heads))
 
 
 class DiffAttentionV2(nn.Module):
@@ -171,7 +172,7 @@ class DiffAttentionV2(nn.Module):
         return self.lam(x).mean()
 
     def attention_map(self, x):
-        """The signed weights that multiply the values: x (B, N, dim) -> (B, H, N, N), rows sum to 1 - sigmoid(lambda)."""
+        """The signed weights that multiply the values: x (B, N, dim) -> (B, H, N, N), rows sum to 1 - lam(x)."""
         q, k, _ = self.project(x)
         return differential_map(q, k, self.lam(x))
 

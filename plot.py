@@ -35,6 +35,7 @@ STYLES = [dict(color=color, linestyle=dashes, marker=marker) for color, dashes, 
     ("#009E73", (0, (1, 1)), "v"), ("#CC79A7", (0, (3, 1)), "P"), ("#56B4E9", (0, (8, 1, 1, 1)), "X")]]
 FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_commit"}  # of config.json; not settings
 FIGURES = ["parameters", "val_loss", "test_loss", "test_accuracy", "milliseconds_per_step"]  # needed of summary.json
+# Student's t of a 95% interval for 1 to 30 degrees of freedom; the last serves for more, and is 4% too wide at most.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
@@ -167,7 +168,8 @@ def draw_lines(axes, groups, column, styles, number, published, skip):
                   markerfacecolor="none", markersize=8, linestyle="none")
         ends.append((last, value, f"{label}, published {number(value)}", styles[label]["color"], 0.65))
     axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
-    seen = [y for line in axes.get_lines() for x, y in line.get_xydata() if x > skip * last or x == line.get_xdata()[-1]]
+    seen = [y for line in axes.get_lines() for x, y in line.get_xydata()
+            if x > skip * last or x == line.get_xdata()[-1]]
     margin = 0.06 * (max(seen) - min(seen)) or 0.01
     axes.set_ylim(min(seen) - margin, max(seen) + margin)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -188,11 +190,16 @@ def label_ends(axes, ends, size):
     for (epoch, value, text, color, alpha), height in zip(ends, heights):
         axes.annotate(text, xy=(epoch, value), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(),
                       fontsize=size, color=color, alpha=alpha, va="center", annotation_clip=False,
-                      arrowprops=dict(arrowstyle="-", color=color, alpha=0.4 * alpha, linewidth=0.7, shrinkA=0, relpos=(0, 0.5)))
+                      arrowprops=dict(arrowstyle="-", color=color, alpha=0.4 * alpha, linewidth=0.7, shrinkA=0,
+                                      relpos=(0, 0.5)))
 
 
 def draw_curves(title, panels, ylabel, number, styles, published=(), note="", skip=0.0):
-    """A figure of curves over epochs. panels: {heading: (column, groups)}, side by side; the rest as in `draw_lines`."""
+    """A figure of curves over epochs, panels side by side.
+
+    panels: {heading: (column, groups)}. note: a line under the title if anything published is marked. The rest is as in
+    `draw_lines`.
+    """
     figure = Figure(figsize=(max(8, 5.2 * len(panels)), 4.8), layout="constrained")
     small = matplotlib.rcParams["font.size"] - 1.5
     ends = []
@@ -212,11 +219,12 @@ def draw_curves(title, panels, ylabel, number, styles, published=(), note="", sk
 
 def make_charts(dataset, groups, styles):
     """{name: figure} of a data set."""
-    published = {label: PUBLISHED[dataset, label] for label in groups if (dataset, label) in PUBLISHED}
+    models = dict.fromkeys(members[0]["settings"]["model"] for members in groups.values())
+    published = {model: PUBLISHED[dataset, model] for model in models if (dataset, model) in PUBLISHED}
     epochs = {figures[0] for figures in published.values()}
     charts = {
         "val-loss": draw_curves(f"{dataset}: validation loss", {"": ("val_loss", groups)}, "validation loss",
-                                "{:.3f}".format, styles, {label: figures[1] for label, figures in published.items()},
+                                "{:.3f}".format, styles, {model: figures[1] for model, figures in published.items()},
                                 f"hollow marks: published, one run of {min(epochs, default=0)} epochs", skip=0.1),
         "val-accuracy": draw_curves(f"{dataset}: validation accuracy", {"": ("val_accuracy", groups)},
                                     "validation accuracy", "{:.2%}".format, styles, skip=0.1),
@@ -237,8 +245,7 @@ def confidence(values):
     """Half the 95% confidence interval of the mean, by Student's t; None for a single value."""
     if len(values) < 2:
         return None
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return T_95[min(len(values) - 2, len(T_95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def write_table(dataset, groups):
@@ -258,8 +265,8 @@ def write_table(dataset, groups):
              "| model | parameters | seeds | validation loss | test loss | test accuracy | ms a step |",
              "|---|---:|---:|---:|---:|---:|---:|"]
     for label, members in groups.items():
-        lines.append(f"| {label} | {members[0]['summary']['parameters']:,} | {len(members)} | " + " | ".join(cells[label])
-                     + " |")
+        row = [label, f"{members[0]['summary']['parameters']:,}", str(len(members)), *cells[label]]
+        lines.append(f"| {' | '.join(row)} |")
     if any(len(members) > 1 for members in groups.values()):
         lines += ["", "Mean ± half the 95% confidence interval over seeds (Student's t)."]
     return "\n".join(lines) + "\n"

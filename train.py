@@ -111,7 +111,7 @@ def make_parser():
     parser = Parser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@", allow_abbrev=False,
-        epilog="@FILE reads flags from FILE, such as the args.txt of a run; a flag given later overrides one before it.")
+        epilog="@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.")
     positive = number(int, "a whole number of at least 1", lambda value: value >= 1)
     rate = number(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
     share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -318,7 +318,7 @@ def load_splits(name, data_dir, device):
 
 
 def augment(pixels, noise, settings):
-    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0, noise (B, 7) in [-1, 1)."""
+    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0; noise (B, 7) in [-1, 1)."""
     if settings["flip"]:
         pixels = torch.where(noise[:, 6, None, None, None] < 0, pixels.flip(3), pixels)
     if not any(settings[name] for name in ("rotation", "scale", "shear", "shift")):
@@ -384,7 +384,8 @@ def train_epoch(model, optimizers, scaler, split, settings, epoch):
     steps = math.ceil(count / batch_size)
     losses, correct = [], torch.zeros((), dtype=torch.long, device=device)
     model.train()
-    with tqdm(total=count, desc=f"epoch {epoch}/{settings['epochs']}", unit=" images", leave=False, disable=None) as bar:
+    with tqdm(total=count, desc=f"epoch {epoch}/{settings['epochs']}", unit=" images", leave=False,
+              disable=None) as bar:  # None: no bar where the output is no terminal
         for step, (index, wobble) in enumerate(zip(order.split(batch_size), noise.split(batch_size))):
             factor = rate_factor((epoch - 1) * steps + step, settings["epochs"] * steps, settings["warmup"],
                                  settings["decay"])
@@ -457,7 +458,7 @@ def pick_amp(name, device):
     if name != "auto":
         return name
     if device.type != "cuda":
-        return "off"  # on a CPU it was twice as slow
+        return "off"  # on a CPU half precision is slower than float32
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
@@ -533,8 +534,8 @@ def reading(path):
     except FileNotFoundError:
         raise UserError(f"{path} is not there: is {path.parent} a finished run?") from None
     except Exception as error:
-        raise UserError(f"{path} is damaged or not of this run ({first_line(error)}): move it away, or give --overwrite "
-                        "to train the run afresh") from None
+        raise UserError(f"{path} is damaged or not of this run ({first_line(error)}): move it away, or give "
+                        "--overwrite to train the run afresh") from None
 
 
 def read_json(path):
@@ -573,19 +574,22 @@ def write_metrics(path, rows):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes off the folder of a run; a lock on the folder itself leaves nothing behind."""
+    """Keep other processes off the folder of a run while it is trained."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder} is being trained by another process: wait for it, or give another --runs-dir") from None
-    finally:
-        os.close(handle)
+    path = folder / ".lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being trained by another process: wait for it, or give another "
+                            "--runs-dir") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def is_finished(folder, settings):
@@ -667,8 +671,8 @@ def check_finite(folder, epoch, losses):
     wrong = (~losses.isfinite()).nonzero().flatten().tolist()
     if wrong:
         where = f"step {wrong[0] + 1} of {len(losses)}" if len(losses) > 1 else "validation"
-        raise UserError(f"{folder}: the loss is {losses[wrong[0]].item()} at epoch {epoch}, {where}; the record and the "
-                        f"checkpoints of the epochs before are kept: give a lower --lr or --muon-lr and --overwrite")
+        raise UserError(f"{folder}: the loss is {losses[wrong[0]].item()} at epoch {epoch}, {where}; the record and "
+                        "checkpoints of the epochs before are kept: give a lower --lr or --muon-lr, and --overwrite")
 
 
 def print_epoch(folder, settings, row):
@@ -680,8 +684,9 @@ def print_epoch(folder, settings, row):
 
 def print_summary(folder):
     with reading(folder / "summary.json"):
-        print("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  test accuracy "
-              "{test_accuracy:.2%}  {seconds:.0f} s".format(**read_json(folder / "summary.json")), f" {folder}", flush=True)
+        figures = ("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  "
+                   "test accuracy {test_accuracy:.2%}  {seconds:.0f} s").format(**read_json(folder / "summary.json"))
+    print(f"{figures}  {folder}", flush=True)
 
 
 def train_all(args):

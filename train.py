@@ -318,7 +318,7 @@ def load_splits(name, data_dir, device):
 
 
 def augment(pixels, noise, settings):
-    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0; noise (B, 7) in [-1, 1)."""
+    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0; noise (B, 7), -1 to 1."""
     if settings["flip"]:
         pixels = torch.where(noise[:, 6, None, None, None] < 0, pixels.flip(3), pixels)
     if not any(settings[name] for name in ("rotation", "scale", "shear", "shift")):

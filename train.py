@@ -146,7 +146,7 @@ def make_parser():
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="muon",
                        help="muon is Muon for the matrices of the blocks and AdamW for the rest (default: %(default)s)")
     group.add_argument("--lr", type=rate, default=3e-3, metavar="X", help="peak of AdamW (default: %(default)s)")
-    group.add_argument("--muon-lr", type=rate, default=2e-2, metavar="X", help="peak of Muon (default: %(default)s)")
+    group.add_argument("--muon-lr", type=rate, default=1e-2, metavar="X", help="peak of Muon (default: %(default)s)")
     group.add_argument("--weight-decay", type=rate, default=0.1, metavar="X",
                        help="decoupled; not on norms, biases, tokens, lambda (default: %(default)s)")
     group.add_argument("--warmup", type=share, default=0.05, metavar="X",

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 import xml.etree.ElementTree
+import zlib
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,7 @@ def test_archives_unpack_without_a_network_and_split_without_overlap(tmp_path, n
         archive = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(60_000, 28, 28)
     assert rows(torch.cat([splits["train"].images, splits["val"].images])) == rows(archive)
     assert splits["val"].labels.bincount().min() > 400  # all ten classes, not the archive's end
+    assert zlib.crc32(splits["val"].labels.numpy()) == 982261507  # figures of one year compare with those of the next
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]  # no litter
 
 
@@ -330,6 +332,14 @@ def test_damaged_data_is_named_and_left_alone(tmp_path, no_network, mnist, capsy
     assert command("--data-dir", tmp_path, "--runs-dir", tmp_path / "runs") == 2
     assert_one_line(capsys, str(raw / file), "move it away")
     assert sorted(path.name for path in raw.iterdir()) == before and (raw / file).read_bytes() == bad
+
+
+def test_unpacking_what_is_missing_leaves_the_rest_alone(tmp_path, no_network, capsys):
+    raw = use_archives(tmp_path)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"mine")
+    assert command("--data-dir", tmp_path, "--runs-dir", tmp_path / "runs") == 2
+    assert_one_line(capsys, str(raw / "t10k-labels-idx1-ubyte"), "move it away")
+    assert (raw / "t10k-labels-idx1-ubyte").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("dataset, archive, folder", [
@@ -620,16 +630,20 @@ def test_test_figures_are_those_of_the_best_weights(finished, mnist, capsys):
 
 
 def test_the_test_split_is_read_once_with_the_lowest_validation_loss(tmp_path, monkeypatch):
-    """Validation losses that fall and rise again: the second epoch's weights are tested, the third's not."""
-    val_losses, tested = iter([0.9, 0.5, 0.7]), []
+    """Validation losses that fall and rise, with Ctrl-C in between: the second epoch's weights are tested."""
+    val_losses, tested = iter([0.9, 0.5, KeyboardInterrupt, 0.7]), []
 
     def evaluate(model, split, settings):
         if len(split.labels) == 5_000:
-            return next(val_losses), 0.5
+            loss = next(val_losses)
+            if loss is KeyboardInterrupt:
+                raise loss
+            return loss, 0.5
         tested.append({name: weights.clone() for name, weights in model.state_dict().items()})
         return 0.6, 0.4
 
     monkeypatch.setattr(train, "evaluate", evaluate)
+    assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 130
     assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 0
     (weights,) = tested
     folder = tmp_path / "mnist-vitdiff-seed0"
@@ -668,10 +682,14 @@ def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", fail)
         train.write_whole(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with open(path) as reader:
+        train.write_whole(path, "new")
+        assert reader.read() == "old"  # who reads meanwhile has the old file, whole
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_products_are_trained_once(tmp_path, capsys):
@@ -682,9 +700,11 @@ def test_products_are_trained_once(tmp_path, capsys):
     assert untimed(tmp_path / "mnist-vit-seed0") != untimed(tmp_path / "mnist-vit-seed1")
     assert capsys.readouterr().out.count(" epoch 1/1 ") == 4
     shutil.rmtree(tmp_path / "mnist-vit-seed1")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     assert command(*flags) == 0
     out = capsys.readouterr().out
     assert out.count(" epoch 1/1 ") == 1 and out.count(" parameters ") == 4
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert command(*flags, "--model", "vit", "--overwrite") == 0
     assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
 

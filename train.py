@@ -532,7 +532,7 @@ def reading(path):
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} is not there: is {path.parent} a finished run?") from None
+        raise UserError(f"{path} is not there: name the folder of a finished run that has it") from None
     except Exception as error:
         raise UserError(f"{path} is damaged or not of this run ({first_line(error)}): move it away, or give "
                         "--overwrite to train the run afresh") from None

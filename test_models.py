@@ -659,11 +659,11 @@ def test_args_txt_repeats_a_run_and_a_run_killed_and_resumed_is_as_one_never_bro
     while not (folder / "metrics.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL and not (folder / "summary.json").exists()
     assert 1 <= len(untimed(folder)) < 3
     resumed = launch(f"@{finished / 'args.txt'}", "--runs-dir", tmp_path)
-    out, err = resumed.communicate()
+    out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert "going on after epoch" in out and err == ""  # plain lines and no bar where output is no terminal
     assert untimed(folder) == untimed(finished)
@@ -761,11 +761,12 @@ def test_a_rate_that_is_far_too_high_is_such_a_loss(tmp_path, capsys):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = launch(*TINY, "--epochs", "100", "--runs-dir", tmp_path)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
+    process = launch(*TINY, "--epochs", "100", "--runs-dir", tmp_path, preexec_fn=heed)
     while not (tmp_path / "mnist-vitdiff-seed0/metrics.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.count("\n") == 1 and "run the same command again" in err
     assert untimed(tmp_path / "mnist-vitdiff-seed0")
@@ -775,7 +776,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
     """A limit on the size of files stands in for the disk: config.json fits, a checkpoint does not."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     process = launch(*TINY, "--epochs", "2", "--runs-dir", tmp_path, preexec_fn=limit)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.count("\n") == 1 and "best.pt" in err and "Traceback" not in err
     assert {path.name for path in (tmp_path / "mnist-vitdiff-seed0").iterdir()} == {"config.json", "args.txt"}
@@ -853,13 +854,13 @@ def test_help_and_bad_flags_answer_without_torch():
 def test_the_commands_of_the_readme_in_miniature(tmp_path):
     """The three commands as a user types them, on real MNIST, for one epoch."""
     process = launch("--model", "vitdiff", "--dataset", "mnist", "--epochs", "1", "--runs-dir", tmp_path)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "", err
     assert re.search(r"37,290 parameters  val loss \d.\d{4}  test loss \d.\d{4}  test accuracy \d\d.\d\d%", out), out
     summary = json.loads((tmp_path / "mnist-vitdiff-seed0/summary.json").read_text())
     assert summary["test_accuracy"] > 0.85
     process = launch(tmp_path, script="plot.py")
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "", err
     assert f"{summary['test_accuracy']:.2%}" in out
     for name in ("val-loss", "val-accuracy", "lambda"):

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import gzip
 import inspect
 import io
@@ -335,9 +336,15 @@ def augment(pixels, noise, settings):
     return F.grid_sample(pixels, grid, align_corners=False)
 
 
+@functools.cache
+def pixel_statistics(dataset, device):
+    """Mean and deviation (C, 1, 1) on the device, made once: at every step it would be a copy from the host."""
+    return [torch.tensor(DATASETS[dataset][key], device=device).view(-1, 1, 1) for key in ("mean", "std")]
+
+
 def normalize(pixels, dataset):
     """Pixels (B, C, H, W) from 0 to 255 -> mean 0 and deviation 1 over the training archive."""
-    mean, std = (torch.tensor(DATASETS[dataset][key], device=pixels.device).view(-1, 1, 1) for key in ("mean", "std"))
+    mean, std = pixel_statistics(dataset, pixels.device)
     return (pixels / 255 - mean) / std
 
 

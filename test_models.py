@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 BUDGETS = {"vit": 33_802, "vitbalanced": 55_626, "vitdiff": 38_106, "vitdiffpaper": 33_802, "vitdiffv2": 36_000}
 TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
-        "--batch-size", "1000"]
+        "--batch-size", "1000", "--device", "cpu"]
 
 
 def random_(module):
@@ -659,11 +659,11 @@ def test_args_txt_repeats_a_run_and_a_run_killed_and_resumed_is_as_one_never_bro
     while not (folder / "metrics.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL and not (folder / "summary.json").exists()
     assert 1 <= len(untimed(folder)) < 3
     resumed = launch(f"@{finished / 'args.txt'}", "--runs-dir", tmp_path)
-    out, err = resumed.communicate(timeout=120)
+    out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert "going on after epoch" in out and err == ""  # plain lines and no bar where output is no terminal
     assert untimed(folder) == untimed(finished)
@@ -690,6 +690,24 @@ def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
         train.write_whole(path, "new")
         assert reader.read() == "old"  # who reads meanwhile has the old file, whole
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", MODELS)
+def test_cuda_agrees_with_the_cpu(name):
+    torch.manual_seed(0)
+    model, images = random_(build_model(name)), torch.randn(8, 1, 28, 28).double()
+    expected = model(images)
+    torch.testing.assert_close(model.cuda()(images.cuda()).cpu(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+def test_cuda_gives_the_same_record_for_the_same_seed(tmp_path, amp):
+    for runs in ("first", "second"):
+        assert command(*TINY, "--device", "cuda", "--amp", amp, "--epochs", "2", "--runs-dir", tmp_path / runs) == 0
+    first, second = (untimed(tmp_path / runs / "mnist-vitdiff-seed0") for runs in ("first", "second"))
+    assert first == second
 
 
 def test_products_are_trained_once(tmp_path, capsys):
@@ -766,7 +784,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     while not (tmp_path / "mnist-vitdiff-seed0/metrics.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.count("\n") == 1 and "run the same command again" in err
     assert untimed(tmp_path / "mnist-vitdiff-seed0")
@@ -776,7 +794,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
     """A limit on the size of files stands in for the disk: config.json fits, a checkpoint does not."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     process = launch(*TINY, "--epochs", "2", "--runs-dir", tmp_path, preexec_fn=limit)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.count("\n") == 1 and "best.pt" in err and "Traceback" not in err
     assert {path.name for path in (tmp_path / "mnist-vitdiff-seed0").iterdir()} == {"config.json", "args.txt"}
@@ -854,13 +872,13 @@ def test_help_and_bad_flags_answer_without_torch():
 def test_the_commands_of_the_readme_in_miniature(tmp_path):
     """The three commands as a user types them, on real MNIST, for one epoch."""
     process = launch("--model", "vitdiff", "--dataset", "mnist", "--epochs", "1", "--runs-dir", tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err == "", err
     assert re.search(r"37,290 parameters  val loss \d.\d{4}  test loss \d.\d{4}  test accuracy \d\d.\d\d%", out), out
     summary = json.loads((tmp_path / "mnist-vitdiff-seed0/summary.json").read_text())
     assert summary["test_accuracy"] > 0.85
     process = launch(tmp_path, script="plot.py")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err == "", err
     assert f"{summary['test_accuracy']:.2%}" in out
     for name in ("val-loss", "val-accuracy", "lambda"):

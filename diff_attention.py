@@ -1,6 +1,7 @@
 """Differential attention: the difference of two softmax maps weighs the values, so that what both maps share cancels.
 
-`differential_attention` is the mathematics alone and needs nothing but torch: lift it out if it is all you want.
+The first four functions, up to `differential_attention`, are the mathematics alone and need nothing but torch: lift
+them out if they are all you want.
 `DiffAttention` is version 1 (Ye et al. 2024, "Differential Transformer", arXiv 2410.05258, equations 1 to 3);
 `DiffAttentionV2` is version 2 (Microsoft, January 2026, microsoft/unilm, Diff-Transformer-V2).
 """

@@ -34,6 +34,7 @@ STYLES = [dict(color=color, linestyle=dashes, marker=marker) for color, dashes, 
     ("#000000", "-", "o"), ("#E69F00", (0, (6, 2)), "s"), ("#0072B2", "-", "^"), ("#D55E00", (0, (4, 1, 1, 1)), "D"),
     ("#009E73", (0, (1, 1)), "v"), ("#CC79A7", (0, (3, 1)), "P"), ("#56B4E9", (0, (8, 1, 1, 1)), "X")]]
 FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_commit"}  # of config.json; not settings
+SIZES = {"dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "patch_norm", "qkv_bias"}  # a model's own
 FIGURES = ["parameters", "val_loss", "test_loss", "test_accuracy", "milliseconds_per_step"]  # needed of summary.json
 # Student's t of a 95% interval for 1 to 30 degrees of freedom; the last serves for more, and is 4% too wide at most.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -86,32 +87,33 @@ def find_runs(root):
 def group_runs(runs):
     """Sort runs into {data set: {label: runs}}: a group is all seeds of one model and one set of settings.
 
-    The label is the model's name, and the settings that differ where a model was trained with several. Returns also a
-    line for each run left out because a group has its seed already.
+    The label is the model's name and, where not most groups share them, its settings: a line of fewer epochs, say, is
+    never mistaken for a rival of the others. Returns also a line for each run left out because its group has that seed.
     """
-    groups, skipped = defaultdict(dict), []
+    runs_of, skipped = defaultdict(dict), []  # {settings: {seed: run}}
     for folder, config, metrics, summary in runs:
         settings = {name: value for name, value in config.items() if name not in FACTS}
-        seeds = groups[json.dumps(settings, sort_keys=True)]
+        seeds = runs_of[json.dumps(settings, sort_keys=True)]
         if config["seed"] in seeds:
             skipped.append(f"{folder}: same settings and seed as {seeds[config['seed']]['folder']}")
         else:
             seeds[config["seed"]] = dict(folder=folder, settings=settings, metrics=metrics, summary=summary)
-    variants = defaultdict(list)
-    for seeds in groups.values():
-        members = [seeds[seed] for seed in sorted(seeds)]
-        variants[members[0]["settings"]["dataset"], members[0]["settings"]["model"]].append(members)
+    groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in runs_of.values()]
 
-    def rank(model):
-        return (MODELS.index(model) if model in MODELS else len(MODELS), model)
+    def rank(members):
+        model = members[0]["settings"]["model"]
+        return MODELS.index(model) if model in MODELS else len(MODELS), model
 
     datasets = defaultdict(dict)
-    for (dataset, model), several in sorted(variants.items(), key=lambda item: (item[0][0], rank(item[0][1]))):
-        for members in several:
-            settings = members[0]["settings"]
-            differing = [f"{name} {value}" for name, value in settings.items()
-                         if any(other[0]["settings"].get(name) != value for other in several)]
-            datasets[dataset][", ".join([model, *differing])] = members
+    for members in sorted(groups, key=rank):
+        own = members[0]["settings"]
+        rivals = [other[0]["settings"] for other in groups if other[0]["settings"]["dataset"] == own["dataset"]]
+        unusual = []
+        for name, value in own.items():
+            peers = [other.get(name) for other in rivals if name not in SIZES or other["model"] == own["model"]]
+            if name != "model" and 2 * peers.count(value) <= len(peers):
+                unusual.append(f"{name} {value}")
+        datasets[own["dataset"]][", ".join([own["model"], *unusual])] = members
     return datasets, skipped
 
 

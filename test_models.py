@@ -978,6 +978,14 @@ def test_runs_of_other_settings_are_lines_of_their_own(tmp_path):
     assert len(skipped) == 1 and str(tmp_path / "c") in skipped[0] and str(tmp_path / "a") in skipped[0]
     texts = {text.get_text() for text in charts(tmp_path)["val-loss"].axes[0].texts}
     assert texts == {"vit, epochs 20 0.500", "vit, epochs 3 0.550", "vit, published 0.638"}
+    record(tmp_path, "vitbalanced", dim=48)  # its own width goes without saying
+    record(tmp_path, "vitcosine", epochs=1)
+    datasets, _ = plot.group_runs(plot.find_runs(tmp_path)[0])
+    assert list(datasets["mnist"]) == [
+        "vit, epochs 20", "vit, epochs 3", "vitbalanced, epochs 20", "vitcosine, epochs 1"]
+    record(tmp_path, "vitdiff")
+    datasets, _ = plot.group_runs(plot.find_runs(tmp_path)[0])
+    assert list(datasets["mnist"]) == ["vit", "vit, epochs 3", "vitbalanced", "vitdiff", "vitcosine, epochs 1"]
 
 
 def test_the_table_has_means_and_confidence_intervals_and_bold_for_the_best(tmp_path):

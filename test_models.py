@@ -1006,6 +1006,7 @@ def test_plot_names_what_it_skips_and_needs_neither_torch_nor_data(tmp_path):
     (record(tmp_path, "vitdiffv2") / "metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
     (record(tmp_path, "vitbalanced") / "config.json").write_text("{")
     (record(tmp_path, "vitdiffpaper") / "metrics.csv").write_bytes(b"\xff\xfe\x00")
+    record(tmp_path, "vitnan", lambdas=["nan"])
     (tmp_path / "holiday").mkdir()
     code = ("import sys\nsys.modules.update(torch=None, torchvision=None, train=None, vit=None)\n"
             "import plot\nsys.exit(plot.main(sys.argv[1:]))")
@@ -1015,7 +1016,7 @@ def test_plot_names_what_it_skips_and_needs_neither_torch_nor_data(tmp_path):
     skipped = dict(line.removeprefix("skipped ").split(": ", 1) for line in process.stderr.splitlines())
     assert {Path(folder).name: reason.split(":")[0] for folder, reason in skipped.items()} == {
         "mnist-vitdiff-seed0": "unfinished", "mnist-vitdiffv2-seed0": "damaged", "mnist-vitbalanced-seed0": "damaged",
-        "mnist-vitdiffpaper-seed0": "damaged", "holiday": "not a run"}
+        "mnist-vitdiffpaper-seed0": "damaged", "mnist-vitnan-seed0": "damaged", "holiday": "not a run"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "mnist-val-loss.svg", "mnist-val-accuracy.svg", "mnist-table.md"}
     xml.etree.ElementTree.parse(tmp_path / "out/mnist-val-loss.svg")

@@ -363,14 +363,12 @@ def make_optimizers(model, settings):
             block_matrices.append(parameter)
         else:
             matrices.append(parameter)
-    decay = settings["weight_decay"]
-    groups = [dict(params=matrices, weight_decay=decay), dict(params=rest, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=settings["lr"], fused=True)]
-    if block_matrices:
-        optimizers.insert(0, torch.optim.Muon(block_matrices, lr=settings["muon_lr"], weight_decay=decay))
-    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    lr, muon_lr, decay = settings["lr"], settings["muon_lr"], settings["weight_decay"]
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=decay, peak_lr=lr),
+                               dict(params=rest, weight_decay=0.0, peak_lr=lr)], lr=lr, fused=True)
+    if not block_matrices:
+        return [adamw]
+    return [torch.optim.Muon([dict(params=block_matrices, peak_lr=muon_lr)], lr=muon_lr, weight_decay=decay), adamw]
 
 
 def rate_factor(step, steps, warmup, decay):
@@ -396,8 +394,9 @@ def train_epoch(model, optimizers, scaler, split, settings, epoch):
         for step, (index, wobble) in enumerate(zip(order.split(batch_size), noise.split(batch_size))):
             factor = rate_factor((epoch - 1) * steps + step, settings["epochs"] * steps, settings["warmup"],
                                  settings["decay"])
-            for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-                group["lr"] = factor * group["peak_lr"]
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * group["peak_lr"]
 
             images = normalize(augment(split.images[index].float(), wobble, settings), settings["dataset"])
             labels = split.labels[index]
@@ -423,13 +422,19 @@ def train_epoch(model, optimizers, scaler, split, settings, epoch):
     return torch.stack(losses).cpu().double(), shares, correct.item() / count, factor
 
 
+def evaluation_batches(split, settings):
+    """A split in its own order: pairs of normalised images (B, C, H, W) and labels (B,)."""
+    for images, labels in zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH)):
+        yield normalize(images.float(), settings["dataset"]), labels
+
+
 @torch.inference_mode()
 def evaluate(model, split, settings):
     """Loss and accuracy over all images of a split, in float32."""
     model.eval()
     loss, correct = 0.0, 0
-    for images, labels in zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH)):
-        logits = model(normalize(images.float(), settings["dataset"]))
+    for images, labels in evaluation_batches(split, settings):
+        logits = model(images)
         loss += F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"], reduction="sum").item()
         correct += (logits.argmax(1) == labels).sum().item()
     return loss / len(split.labels), correct / len(split.labels)
@@ -439,8 +444,7 @@ def evaluate(model, split, settings):
 def measure_lambdas(model, split, settings):
     """The mean weight of the second branch over the images of a split: a float for each differential block."""
     model.eval()
-    batches = [model.mean_lambdas(normalize(images.float(), settings["dataset"]))
-               for images in split.images.split(EVALUATION_BATCH)]
+    batches = [model.mean_lambdas(images) for images, _ in evaluation_batches(split, settings)]
     return [torch.stack(block).mean().item() for block in zip(*batches)]
 
 
@@ -532,10 +536,17 @@ def write_json(path, content):
 
 
 @contextlib.contextmanager
-def reading(path):
-    """Turn whatever a missing, damaged or foreign record makes its reader trip over into a UserError that names it."""
+def reading(path, device=None):
+    """Yield what a record, .json or .pt, holds.
+
+    Where it is missing, damaged or foreign, reading it or the block that uses it fails: that becomes a UserError that
+    names the file.
+    """
     try:
-        yield
+        if path.suffix == ".pt":
+            yield torch.load(path, map_location=device, weights_only=True)
+        else:
+            yield json.loads(path.read_text())
     except UserError:
         raise
     except FileNotFoundError:
@@ -545,20 +556,10 @@ def reading(path):
                         "--overwrite to train the run afresh") from None
 
 
-def read_json(path):
-    with reading(path):
-        return json.loads(path.read_text())
-
-
 def save(path, content):
     buffer = io.BytesIO()  # so that a full disk is an OSError, which torch.save makes something else of
     torch.save(content, buffer)
     write_whole(path, buffer.getvalue())
-
-
-def load(path, device):
-    with reading(path):
-        return torch.load(path, map_location=device, weights_only=True)
 
 
 def write_args(path, settings):
@@ -609,8 +610,7 @@ def is_finished(folder, settings):
             raise UserError(f"{folder} has {strays[0]} but no config.json, so what made it is not known: "
                             "move it away or give --overwrite")
         return False
-    with reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
+    with reading(folder / "config.json") as config:
         differing = [f"{name} is {config.get(name)} there and {value} here"
                      for name, value in settings.items() if config.get(name) != value]
     if differing:
@@ -626,8 +626,7 @@ def train_run(folder, settings, facts, splits, device):
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16")
     rows, best = [], dict(epoch=0, val_loss=math.inf)
     if (folder / "last.pt").exists():
-        with reading(folder / "last.pt"):
-            last = load(folder / "last.pt", device)
+        with reading(folder / "last.pt", device) as last:
             model.load_state_dict(last["model"])
             for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -660,8 +659,8 @@ def train_run(folder, settings, facts, splits, device):
         write_metrics(folder / "metrics.csv", rows)
         print_epoch(folder, settings, rows[-1])
 
-    with reading(folder / "best.pt"):
-        model.load_state_dict(load(folder / "best.pt", device))
+    with reading(folder / "best.pt", device) as weights:
+        model.load_state_dict(weights)
     test_loss, test_accuracy = evaluate(model, splits["test"], settings)
     epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
     steps = rows[-1]["step"] / len(rows)
@@ -690,9 +689,9 @@ def print_epoch(folder, settings, row):
 
 
 def print_summary(folder):
-    with reading(folder / "summary.json"):
+    with reading(folder / "summary.json") as summary:
         figures = ("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  "
-                   "test accuracy {test_accuracy:.2%}  {seconds:.0f} s").format(**read_json(folder / "summary.json"))
+                   "test accuracy {test_accuracy:.2%}  {seconds:.0f} s").format(**summary)
     print(f"{figures}  {folder}", flush=True)
 
 
@@ -726,15 +725,13 @@ def train_all(args):
 def evaluate_again(args):
     """Test the best weights of a finished run once more and set the figures next to those recorded."""
     folder, device = args.eval, pick_device(args.device)
-    with reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
+    with reading(folder / "config.json") as config:
         check_name("model", config["model"], MODELS)
         model = make_model(config).to(device)
-    with reading(folder / "summary.json"):
-        summary = read_json(folder / "summary.json")
+    with reading(folder / "summary.json") as summary:
         recorded = summary["test_loss"], summary["test_accuracy"]
-    with reading(folder / "best.pt"):
-        model.load_state_dict(load(folder / "best.pt", device))
+    with reading(folder / "best.pt", device) as weights:
+        model.load_state_dict(weights)
     figures = evaluate(model, load_splits(config["dataset"], args.data_dir, device)["test"], config)
     for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}")

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 
 def softmax_map(q, k):
-    """softmax(q k' / sqrt(d)), the rows of which sum to 1: q, k (..., N, d) -> (..., N, N)."""
+    """softmax(q k' / sqrt(d)), the rows of which sum to 1: q (..., M, d), k (..., N, d) -> (..., M, N)."""
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
 
 
 def softmax_attention(q, k, v):
-    """softmax(q k' / sqrt(d)) v: q, k (B, H, N, d), v (B, H, N, e) -> (B, H, N, e)."""
+    """softmax(q k' / sqrt(d)) v: q (B, H, M, d), k (B, H, N, d), v (B, H, N, e) -> (B, H, M, e)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     return softmax_map(q, k) @ v  # on a CPU two plain products beat the fused kernel at these sizes
@@ -28,9 +28,9 @@ def softmax_attention(q, k, v):
 def differential_map(q, k, lam):
     """softmax(q1 k1' / sqrt(d)) - lam softmax(q2 k2' / sqrt(d)), the rows of which sum to 1 - lam.
 
-    Shapes as in `differential_attention`: q, k (B, 2H, N, d) -> (B, H, N, N).
+    Shapes as in `differential_attention`: q (B, 2H, M, d), k (B, 2H, N, d) -> (B, H, M, N).
     """
-    first, second = softmax_map(q, k).unflatten(1, (-1, 2)).unbind(2)  # (B, H, N, N) each
+    first, second = softmax_map(q, k).unflatten(1, (-1, 2)).unbind(2)  # (B, H, M, N) each
     return first - lam * second
 
 
@@ -40,12 +40,12 @@ def differential_attention(q, k, v, lam):
     The two branches of a head are adjacent: q1, k1 of head i are heads 2i of q and k, q2, k2 are heads 2i + 1.
 
     Args:
-        q, k: queries and keys of both branches, (B, 2H, N, d).
+        q, k: queries (B, 2H, M, d) and keys (B, 2H, N, d) of both branches; M is N, or less for fewer queries.
         v: values, (B, H, N, e).
-        lam: the weight of the second branch, a scalar or (B, H, N, 1).
+        lam: the weight of the second branch, a scalar or (B, H, M, 1).
 
     Returns:
-        (B, H, N, e), neither normalised nor projected.
+        (B, H, M, e), neither normalised nor projected.
     """
     if q.is_cuda:
         first, second = softmax_attention(q, k, v.repeat_interleave(2, dim=1)).unflatten(1, (-1, 2)).unbind(2)
@@ -124,9 +124,10 @@ class DiffAttention(nn.Module):
         q, k, _ = self.project(x)
         return differential_map(q, k, self.lam().type_as(q))
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
+        """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
         q, k, v = self.project(x)
-        heads = differential_attention(q, k, v, self.lam().type_as(q))
+        heads = differential_attention(q[:, :, :keep], k, v, self.lam().type_as(q))
         heads = self.sub_norm(heads.type_as(self.sub_norm.weight))  # under autocast a norm is in float32
         return self.proj(merge_heads((1 - self.lambda_init) * heads))
 
@@ -177,6 +178,7 @@ class DiffAttentionV2(nn.Module):
         q, k, _ = self.project(x)
         return differential_map(q, k, self.lam(x))
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
+        """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
         q, k, v = self.project(x)
-        return self.proj(merge_heads(differential_attention(q, k, v, self.lam(x))))
+        return self.proj(merge_heads(differential_attention(q[:, :, :keep], k, v, self.lam(x[:, :keep]))))

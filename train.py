@@ -2,14 +2,18 @@
 
     python train.py --model vitdiff --dataset mnist
     python train.py --model all --dataset mnist fashionmnist --seed 0 1 2 3 4
+    torchrun --nproc-per-node 2 train.py --dim 256 --depth 8
+    python train.py --benchmark
 
 A run is a folder, runs/mnist-vitdiff-seed0: args.txt, config.json, metrics.csv, summary.json, best.pt, last.pt.
-The same command run again skips what is finished and goes on, exactly, with what was broken off.
+The same command run again skips what is finished and goes on, exactly, with what was broken off. The seeds of a model
+are trained side by side, as one stack; torchrun shares the batches out among processes.
 """
 
 import argparse
 import contextlib
 import csv
+import ctypes
 import difflib
 import functools
 import gzip
@@ -175,11 +179,21 @@ def make_parser():
     group.add_argument("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
                        help="precision of the forward pass; auto is, on CUDA, bfloat16 where the card has it, else "
                             "float16, and off elsewhere (default: %(default)s)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                       help="fuse the model and its gradient with torch.compile: pays on long runs and needs a C++ "
+                            "compiler, on CUDA Triton; there the whole step is captured as a CUDA graph, too "
+                            "(default: no)")
+    group.add_argument("--stack", type=positive, metavar="N",
+                       help="seeds trained side by side at most, 1 for one after the other (default: all)")
     group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     group.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
     group.add_argument("--eval", type=Path, metavar="RUN",
                        help="test a finished run's best.pt again (takes --device and --data-dir alone)")
+    group.add_argument("--benchmark", nargs="?", choices=["steps", "growth"], const="steps",
+                       help="train nothing: time the training steps of these flags, of several --seed also the stack, "
+                            "with --compile also compiled; or, by growth, how time and memory grow with width, depth, "
+                            "tokens and batch. Writes benchmark.csv or growth.csv, and a table, into --runs-dir")
     return parser
 
 
@@ -219,6 +233,8 @@ if __name__ == "__main__":
     parse_flags()  # so that --help and a wrong flag are answered before the seconds that importing torch takes
 
 import torch
+from torch import distributed
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -226,6 +242,42 @@ from tqdm import tqdm
 from vit import MODELS, ViT, build_model
 
 Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,)
+
+
+def process_rank():
+    """The number of this process among those that torchrun started, from 0; 0 without torchrun."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def process_count():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def talking():
+    """Where processes talk to each other, the death of one is an error in the others: a UserError that says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"process {process_rank()} has lost another one, which stopped or died ({first_line(error)}): "
+                        "run the same command again to go on after the last whole epoch") from None
+
+
+def add_up(tensor):
+    """Put in place of a tensor its sum over all processes."""
+    with talking():
+        distributed.all_reduce(tensor)
+
+
+def from_first(make):
+    """What `make()` returns in the first process, in every process: it alone reads and writes the runs' folders."""
+    box = [make() if process_rank() == 0 else None]
+    if process_count() > 1:
+        with talking():
+            distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def find_archives(source, data_dir):
@@ -318,6 +370,13 @@ def load_splits(name, data_dir, device):
             "test": split(*read(train=False))}
 
 
+@functools.cache
+def pixel_centers(height, width, device):
+    """Rows x, y and 1 of all pixels (3, H W); the image reaches from -1 to 1. Made once, as pixel_statistics is."""
+    x, y = ((2 * torch.arange(size, device=device) + 1) / size - 1 for size in (width, height))
+    return torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)])
+
+
 def augment(pixels, noise, settings):
     """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0; noise (B, 7), -1 to 1."""
     if settings["flip"]:
@@ -325,15 +384,16 @@ def augment(pixels, noise, settings):
     if not any(settings[name] for name in ("rotation", "scale", "shear", "shift")):
         return pixels
     angle = math.radians(settings["rotation"]) * noise[:, 0]
-    width, height = (1 + settings["scale"] * noise[:, 1:3]).unbind(1)
+    wide, tall = (1 + settings["scale"] * noise[:, 1:3]).unbind(1)
     slant = settings["shear"] * noise[:, 3]
     right, down = (2 * settings["shift"] / pixels.shape[-1] * noise[:, 4:6]).unbind(1)  # the image is 2 wide
     cos, sin = angle.cos(), angle.sin()
     # A point of the new image is looked up in the old one at rotate(slant(stretch(point))) + shift.
-    theta = torch.stack([cos * width, (cos * slant - sin) * height, right,
-                         sin * width, (sin * slant + cos) * height, down], dim=1).unflatten(1, (2, 3))
-    grid = F.affine_grid(theta, pixels.shape, align_corners=False)
-    return F.grid_sample(pixels, grid, align_corners=False)
+    theta = torch.stack([cos * wide, (cos * slant - sin) * tall, right,
+                         sin * wide, (sin * slant + cos) * tall, down], dim=1).unflatten(1, (2, 3))
+    height, width = pixels.shape[2:]
+    grid = theta.flatten(0, 1) @ pixel_centers(height, width, pixels.device)  # F.affine_grid takes five times as long
+    return F.grid_sample(pixels, grid.view(-1, 2, height, width).permute(0, 2, 3, 1), align_corners=False)
 
 
 @functools.cache
@@ -353,22 +413,211 @@ def mix_seed(*key):
     return zlib.crc32(repr(key).encode())
 
 
-def make_optimizers(model, settings):
-    """AdamW, and Muon in front of it if so set; each group carries its peak rate as `peak_lr`."""
-    matrices, block_matrices, rest = [], [], []
+def orthogonalize(matrices, steps=5):
+    """Nearly U V' of every matrix U S V' in a list of stacks (S, m, n), by the Newton-Schulz iteration of Muon.
+
+    Of a matrix X no taller than wide, a step makes (a + b A + c A^2) X, where A = X X'. The factors are polynomials of
+    the first A, so A alone need be iterated, which is small; those of equal size are iterated as one batch.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
+    wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(matrices, tall)]
+    wide = [matrix / torch.linalg.vector_norm(matrix, dim=(1, 2), keepdim=True).clamp_min(1e-7) for matrix in wide]
+    result = [None] * len(matrices)
+    for side in sorted({matrix.shape[1] for matrix in wide}):
+        members = [i for i, matrix in enumerate(wide) if matrix.shape[1] == side]
+        gram, product = torch.cat([wide[i] @ wide[i].mT for i in members]), None
+        for _ in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor
+        for i, own in zip(members, product.chunk(len(members))):
+            result[i] = (own @ wide[i]).mT if tall[i] else own @ wide[i]
+    return result
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of many seeds at once.
+
+    The one parameter is (S, P): in each row a seed's matrices, of the given shapes, one after the other. torch.optim.Muon
+    does the same to single matrices, in bfloat16, and takes ten times as long.
+    """
+
+    def __init__(self, params, shapes, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.shapes = shapes
+        self.sizes = [math.prod(shape) for shape in shapes]
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (flat,) = group["params"]
+            if "momentum_buffer" not in self.state[flat]:
+                self.state[flat]["momentum_buffer"] = torch.zeros_like(flat)
+            average = self.state[flat]["momentum_buffer"].lerp_(flat.grad, 1 - group["momentum"])
+            update = flat.grad.lerp(average, group["momentum"])  # Nesterov's
+            matrices = [piece.unflatten(1, shape)
+                        for piece, shape in zip(update.split(self.sizes, 1), self.shapes)]
+            update = torch.cat([max(1, m / n) ** 0.5 * matrix.flatten(1)
+                                for matrix, (m, n) in zip(orthogonalize(matrices), self.shapes)], dim=1)
+            flat.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+
+
+# Models that differ in their seed alone, trained side by side; a single one is a stack of one. `flats` are what the
+# optimizers train, each (S, P): a row a seed. `weights`, {name: (S, *shape)}, are views of them in the same order, and
+# `leaves` the same tensors as autograd sees them. `model` is the module, with the weights of one seed at a time.
+Stack = namedtuple("Stack", "model weights leaves flats optimizers scaler")
+
+
+def sort_parameters(model, optimizer):
+    """The names of a model's parameters by how they are trained: {"muon": [...], "decayed": [...], "rest": [...]}."""
+    parts = dict(muon=[], decayed=[], rest=[])
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name:
-            rest.append(parameter)
-        elif name.startswith("blocks.") and parameter.ndim == 2 and settings["optimizer"] == "muon":
-            block_matrices.append(parameter)
+            parts["rest"].append(name)
+        elif name.startswith("blocks.") and parameter.ndim == 2 and optimizer == "muon":
+            parts["muon"].append(name)
         else:
-            matrices.append(parameter)
+            parts["decayed"].append(name)
+    return {part: names for part, names in parts.items() if names}
+
+
+def make_stack(settings, seeds, device):
+    """The untrained models of these seeds as a Stack on the device."""
+    models = [make_model(settings | dict(seed=seed)) for seed in seeds]
+    parts, flats, weights = sort_parameters(models[0], settings["optimizer"]), {}, {}
+    for part, names in parts.items():
+        flats[part] = torch.stack([torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+                                   for model in models]).to(device)
+        shapes = [models[0].get_parameter(name).shape for name in names]
+        pieces = flats[part].split([shape.numel() for shape in shapes], 1)
+        weights |= {name: piece.view(-1, *shape) for name, piece, shape in zip(names, pieces, shapes)}
+    model = models[0].to(device)
+    leaves = [weight.detach().requires_grad_() for weight in weights.values()]
+    if len(seeds) == 1:
+        leaves = [model.get_parameter(name) for name in weights]
+    stack = Stack(model, weights, leaves, list(flats.values()), make_optimizers(flats, weights, parts, settings),
+                  torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16"))
+    show_seed(stack, 0)
+    return stack
+
+
+def make_optimizers(flats, weights, parts, settings):
+    """AdamW, and Muon in front of it if so set; each group carries its peak rate as `peak_lr`.
+
+    Learning rates are tensors: a CUDA graph would take a number for a constant.
+    """
+    device = flats["rest"].device
     lr, muon_lr, decay = settings["lr"], settings["muon_lr"], settings["weight_decay"]
-    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=decay, peak_lr=lr),
-                               dict(params=rest, weight_decay=0.0, peak_lr=lr)], lr=lr, fused=True)
-    if not block_matrices:
+    groups = [dict(params=[flats[part]], weight_decay=decay if part == "decayed" else 0.0, peak_lr=lr,
+                   lr=torch.tensor(lr, device=device)) for part in ("decayed", "rest") if part in flats]
+    adamw = torch.optim.AdamW(groups, fused=True, capturable=is_captured(settings, device))
+    if "muon" not in flats:
         return [adamw]
-    return [torch.optim.Muon([dict(params=block_matrices, peak_lr=muon_lr)], lr=muon_lr, weight_decay=decay), adamw]
+    return [Muon([dict(params=[flats["muon"]], peak_lr=muon_lr)], [weights[name].shape[1:] for name in parts["muon"]],
+                 torch.tensor(muon_lr, device=device), decay), adamw]
+
+
+def show_seed(stack, row):
+    """Let the stack's module have the weights of one of its seeds; they stay the stack's own."""
+    for name, weight in stack.weights.items():
+        stack.model.get_parameter(name).data = weight[row]
+
+
+def run_stack(stack, images):
+    """Each seed's model on its own images: (S, B, C, H, W) -> logits (S, B, num_classes)."""
+    if len(images) == 1:
+        return stack.model(images[0]).unsqueeze(0)
+    model = functools.partial(functional_call, stack.model)
+    return torch.vmap(lambda weights, own: model(weights, (own,)), randomness="different")(
+        dict(zip(stack.weights, stack.leaves)), images)
+
+
+def make_step(stack, split, settings):
+    """The training step, a function: indices (S, B) into the split and their noise (S, B, 7) -> losses and correct answers (S,).
+
+    With several processes each takes its slice of the batch, and all make the same step by the sum of the gradients.
+    """
+    rank, processes = process_rank(), process_count()
+    smoothing, dataset = settings["label_smoothing"], settings["dataset"]
+    amp = dict(device_type=split.labels.device.type, dtype=getattr(torch, settings["amp"], None),
+               enabled=settings["amp"] != "off")
+
+    def measure(images, labels):  # images (S, B, C, H, W), labels (S, B)
+        with torch.autocast(**amp):
+            logits = run_stack(stack, images)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing,
+                                     reduction="none").view_as(labels)
+        return losses.sum(1), (logits.argmax(2) == labels).sum(1)
+
+    compiled = torch.compile(measure, dynamic=False) if settings["compile"] else measure
+
+    def step(index, noise):
+        batch = index.shape[1]
+        index, noise = (part.tensor_split(processes, dim=1)[rank] for part in (index, noise))
+        pixels = augment(split.images[index.flatten()].float(), noise.flatten(0, 1), settings)
+        images, labels = normalize(pixels, dataset).unflatten(0, index.shape), split.labels[index]
+        losses, correct = (compiled if batch == settings["batch_size"] else measure)(images, labels)
+        losses = losses / batch
+        gradients = torch.autograd.grad(stack.scaler.scale(losses.sum()), stack.leaves, allow_unused=True,
+                                        materialize_grads=True)
+        gradient = torch.cat([part.reshape(len(index), -1) for part in gradients], 1)  # (S, P)
+        losses = losses.detach()
+        if processes > 1:
+            for tensor in (gradient, losses, correct):
+                add_up(tensor)
+
+        for flat, part in zip(stack.flats, gradient.split([flat.shape[1] for flat in stack.flats], 1)):
+            flat.grad = part.contiguous()
+        for optimizer in stack.optimizers:
+            stack.scaler.unscale_(optimizer)
+        if settings["clip"]:
+            norms = sum(flat.grad.square().sum(1, keepdim=True) for flat in stack.flats).sqrt()  # one a seed
+            for flat in stack.flats:
+                flat.grad.mul_((settings["clip"] / (norms + 1e-6)).clamp_max(1.0))
+        for optimizer in stack.optimizers:
+            stack.scaler.step(optimizer)
+        stack.scaler.update()
+        return losses, correct
+
+    return captured(step, settings["batch_size"]) if is_captured(settings, split.labels.device) else step
+
+
+def is_captured(settings, device):
+    """Whether the training step is a CUDA graph: not where it must wait for a GradScaler or for other processes."""
+    return device.type == "cuda" and settings["compile"] and settings["amp"] != "float16" and process_count() == 1
+
+
+def captured(step, batch_size):
+    """The step as one CUDA graph, which is captured at the fourth whole batch.
+
+    The first three run as they are, on a stream of their own, and so does any smaller batch: memory that is
+    allocated or code that is compiled when first needed must be there before a graph is captured.
+    """
+    stream, graph, whole_batches, inputs, outputs = torch.cuda.Stream(), None, 0, None, None
+
+    def run(*tensors):
+        nonlocal graph, whole_batches, inputs, outputs
+        if tensors[0].shape[1] != batch_size:
+            return step(*tensors)
+        whole_batches += 1
+        if whole_batches <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = step(*tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if graph is None:
+            inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = step(*inputs)
+        for own, new in zip(inputs, tensors):
+            own.copy_(new)
+        graph.replay()
+        return outputs
+
+    return run
 
 
 def rate_factor(step, steps, warmup, decay):
@@ -378,48 +627,42 @@ def rate_factor(step, steps, warmup, decay):
     return min(1.0, rise, fall)
 
 
-def train_epoch(model, optimizers, scaler, split, settings, epoch):
-    """One pass over the training split; epoch counts from 1. Returns the losses (steps,) on the CPU, each batch's
-    share of the split (steps,), the accuracy and the last factor of the learning rates."""
+def set_rates(optimizers, factor):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"].fill_(factor * group["peak_lr"])
+
+
+def draw_epoch(seed, epoch, count):
+    """A seed's order of the images (N,) and their noise (N, 7), from -1 to 1, in an epoch counted from 1."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
+    return torch.randperm(count, generator=generator), 2 * torch.rand(count, 7, generator=generator) - 1
+
+
+def train_epoch(stack, step, seeds, split, settings, epoch):
+    """One pass over the training split by `step` of make_step; epoch counts from 1. Returns, on the CPU, the losses
+    (S, steps), each batch's share of the split (steps,), the accuracies (S,) and the last factor of the rates."""
     device, count, batch_size = split.labels.device, len(split.labels), settings["batch_size"]
-    draw = torch.Generator().manual_seed(mix_seed(settings["seed"], epoch, "order and augmentation"))
-    order = torch.randperm(count, generator=draw).to(device)
-    noise = (2 * torch.rand(count, 7, generator=draw) - 1).to(device)
-    torch.manual_seed(mix_seed(settings["seed"], epoch, "dropout"))
+    order, noise = (torch.stack(draws).to(device)
+                    for draws in zip(*(draw_epoch(seed, epoch, count) for seed in seeds)))
+    torch.manual_seed(mix_seed(*seeds, epoch, "dropout") + process_rank())
     steps = math.ceil(count / batch_size)
-    losses, correct = [], torch.zeros((), dtype=torch.long, device=device)
-    model.train()
+    losses, correct = torch.empty(len(seeds), steps, device=device), torch.zeros_like(order[:, 0])
+    stack.model.train()
     with tqdm(total=count, desc=f"epoch {epoch}/{settings['epochs']}", unit=" images", leave=False,
-              disable=None) as bar:  # None: no bar where the output is no terminal
-        for step, (index, wobble) in enumerate(zip(order.split(batch_size), noise.split(batch_size))):
-            factor = rate_factor((epoch - 1) * steps + step, settings["epochs"] * steps, settings["warmup"],
+              disable=None if process_rank() == 0 else True) as bar:  # None: no bar where the output is no terminal
+        for number, batch in enumerate(zip(order.split(batch_size, 1), noise.split(batch_size, 1))):
+            factor = rate_factor((epoch - 1) * steps + number, settings["epochs"] * steps, settings["warmup"],
                                  settings["decay"])
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = factor * group["peak_lr"]
-
-            images = normalize(augment(split.images[index].float(), wobble, settings), settings["dataset"])
-            labels = split.labels[index]
-            with torch.autocast(device.type, getattr(torch, settings["amp"], None), enabled=settings["amp"] != "off"):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
-            scaler.scale(loss).backward()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            if settings["clip"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
-
-            losses.append(loss.detach())
-            correct += (logits.argmax(1) == labels).sum()
-            bar.update(len(index))
-            if not bar.disable and step % 50 == 0:  # reading a loss waits for the device, so not at every step
-                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{correct.item() / bar.n:.2%}")
-    shares = torch.tensor([len(index) / count for index in order.split(batch_size)], dtype=torch.double)
-    return torch.stack(losses).cpu().double(), shares, correct.item() / count, factor
+            set_rates(stack.optimizers, factor)
+            losses[:, number], batch_correct = step(*batch)
+            correct += batch_correct
+            bar.update(batch[0].shape[1])
+            if not bar.disable and number % 50 == 0:  # reading a loss waits for the device, so not at every step
+                bar.set_postfix(loss=f"{losses[:, number].mean().item():.3f}",
+                                accuracy=f"{correct.sum().item() / bar.n / len(seeds):.2%}")
+    shares = torch.tensor([part.shape[1] / count for part in order.split(batch_size, 1)], dtype=torch.double)
+    return losses.cpu().double(), shares, correct.cpu() / count, factor
 
 
 def evaluation_batches(split, settings):
@@ -449,9 +692,15 @@ def measure_lambdas(model, split, settings):
 
 
 def pick_device(name):
-    """The torch.device that --device names, or a UserError where this machine does not have it."""
+    """The torch.device that --device names, or a UserError where this machine does not have it.
+
+    Of processes that torchrun started, each takes a CUDA device of its own, and they are connected.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    together = distributed.is_available() and distributed.is_torchelastic_launched()
+    if together and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -461,6 +710,13 @@ def pick_device(name):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    if together:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"torchrun does not work on {device.type}: give --device cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with talking():
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -480,7 +736,7 @@ def resolve_settings(args, model, dataset, seed, device):
     flags = {name: getattr(args, name) for name in SIZE_FLAGS + RECIPE_FLAGS}
     settings = {name: defaults[name] if value is None else value for name, value in flags.items()}
     return (dict(model=model, dataset=dataset, seed=seed) | settings
-            | dict(device=device.type, amp=pick_amp(args.amp, device)))
+            | dict(device=device.type, amp=pick_amp(args.amp, device), compile=args.compile))
 
 
 def make_model(settings):
@@ -515,20 +771,34 @@ def git_commit():
         return None
 
 
-def write_whole(path, content):
-    """Write bytes or text to a file whole or not at all: a reader, or a run killed meanwhile, never sees a part."""
-    content = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.partial")
+def write_together(contents):
+    """Write files, {path: bytes}, each whole or not at all: a reader, or a run killed meanwhile, never sees a part.
+
+    All are written under other names before the first gets its own, so a kill leaves none, or all that `finish_write`
+    completes.
+    """
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        for path, content in contents.items():
+            with open(partial_of(path), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(partial_of(path), path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        for path in contents:
+            partial_of(path).unlink(missing_ok=True)
         error.filename = str(path)
         raise
+
+
+def partial_of(path):
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_whole(path, content):
+    """Write bytes or text to a file, whole or not at all."""
+    write_together({path: content.encode() if isinstance(content, str) else content})
 
 
 def write_json(path, content):
@@ -536,17 +806,10 @@ def write_json(path, content):
 
 
 @contextlib.contextmanager
-def reading(path, device=None):
-    """Yield what a record, .json or .pt, holds.
-
-    Where it is missing, damaged or foreign, reading it or the block that uses it fails: that becomes a UserError that
-    names the file.
-    """
+def using(path):
+    """Where what a record holds is missing, damaged or foreign, the block fails: a UserError that names the file."""
     try:
-        if path.suffix == ".pt":
-            yield torch.load(path, map_location=device, weights_only=True)
-        else:
-            yield json.loads(path.read_text())
+        yield
     except UserError:
         raise
     except FileNotFoundError:
@@ -556,10 +819,21 @@ def reading(path, device=None):
                         "--overwrite to train the run afresh") from None
 
 
-def save(path, content):
-    buffer = io.BytesIO()  # so that a full disk is an OSError, which torch.save makes something else of
+@contextlib.contextmanager
+def reading(path):
+    """Yield what a record, .json or .pt, holds; an error of the block that uses it is an error of the file."""
+    with using(path):
+        if path.suffix == ".pt":
+            yield torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            yield json.loads(path.read_text())
+
+
+def packed(content):
+    """The bytes of a .pt file; kept in memory so that a full disk is an OSError, which torch.save makes another of."""
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_args(path, settings):
@@ -619,47 +893,109 @@ def is_finished(folder, settings):
     return (folder / "summary.json").exists()
 
 
-def train_run(folder, settings, facts, splits, device):
-    """Train one run to its end, from its start or from last.pt, and test it."""
-    model = make_model(settings).to(device)
-    optimizers = make_optimizers(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16")
-    rows, best = [], dict(epoch=0, val_loss=math.inf)
-    if (folder / "last.pt").exists():
-        with reading(folder / "last.pt", device) as last:
-            model.load_state_dict(last["model"])
-            for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            scaler.load_state_dict(last["scaler"])
-            rows, best = last["rows"], last["best"]
-        write_metrics(folder / "metrics.csv", rows)
-        print(f"{folder}: going on after epoch {len(rows)} of {settings['epochs']}", flush=True)
-    else:
-        write_json(folder / "config.json", settings | facts)
-        write_args(folder / "args.txt", settings)
+def read_checkpoints(folders):
+    """What each seed of a stack goes on from: {seed: content of its last.pt, or no rows where it has not begun}."""
+    checkpoints = {}
+    for seed, folder in folders.items():
+        checkpoints[seed] = dict(rows=[], best=dict(epoch=0, val_loss=math.inf))
+        if (folder / "last.pt").exists():
+            with reading(folder / "last.pt") as last:
+                checkpoints[seed] = dict(last, rows=list(last["rows"]))
+    furthest = max(len(last["rows"]) for last in checkpoints.values())
+    for seed, folder in folders.items():
+        if len(checkpoints[seed]["rows"]) < furthest:
+            with contextlib.suppress(Exception):  # no partial file, or no whole one: then this seed is just behind
+                last = torch.load(partial_of(folder / "last.pt"), map_location="cpu", weights_only=True)
+                if len(last["rows"]) == furthest:  # killed between the renames of write_together
+                    os.replace(partial_of(folder / "last.pt"), folder / "last.pt")
+                    checkpoints[seed] = last
+    return checkpoints
 
-    for epoch in range(len(rows) + 1, settings["epochs"] + 1):
+
+def seed_state(optimizer, row):
+    """A seed's row of all that an optimizer remembers: {number of the flat: {name: tensor}}."""
+    return {number: {name: value[row].clone() if value.ndim else value for name, value in values.items()}
+            for number, values in optimizer.state_dict()["state"].items()}
+
+
+def load_stack(stack, checkpoints, folders):
+    """Give a stack the state of these checkpoints, {seed: content of last.pt}, all of the same epoch."""
+    for row, (seed, last) in enumerate(checkpoints.items()):
+        with using(folders[seed] / "last.pt"):
+            show_seed(stack, row)
+            stack.model.load_state_dict(last["model"])
+            stack.scaler.load_state_dict(last["scaler"])
+    with using(folders[seed] / "last.pt"):
+        for optimizer, *states in zip(stack.optimizers, *(last["optimizers"] for last in checkpoints.values()),
+                                      strict=True):
+            state = {number: {name: torch.stack([own[number][name] for own in states]) if value.ndim else value
+                              for name, value in values.items()} for number, values in states[0].items()}
+            optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    show_seed(stack, 0)
+
+
+def train_stack(folders, settings, facts, checkpoints, splits, device):
+    """Train runs that differ in their seed alone, {seed: folder}, from these checkpoints to their end, and test them."""
+    seeds = list(checkpoints)
+    rows, best = ({seed: last[key] for seed, last in checkpoints.items()} for key in ("rows", "best"))
+    done = len(rows[seeds[0]])
+    stack = make_stack(settings, seeds, device)
+    step = make_step(stack, splits["train"], settings)
+    if done:
+        load_stack(stack, checkpoints, folders)
+    for seed in seeds if process_rank() == 0 else []:
+        if done:
+            write_metrics(folders[seed] / "metrics.csv", rows[seed])
+            print(f"{folders[seed]}: going on after epoch {done} of {settings['epochs']}", flush=True)
+        else:
+            own = settings | dict(seed=seed)
+            write_json(folders[seed] / "config.json",
+                       own | facts | dict(stack=len(seeds), processes=process_count()))
+            write_args(folders[seed] / "args.txt", own)
+
+    for epoch in range(done + 1, settings["epochs"] + 1):
         start = time.perf_counter()
-        losses, shares, accuracy, factor = train_epoch(model, optimizers, scaler, splits["train"], settings, epoch)
-        train_seconds = time.perf_counter() - start
-        check_finite(folder, epoch, losses)
-        val_loss, val_accuracy = evaluate(model, splits["val"], settings)
-        check_finite(folder, epoch, torch.tensor([val_loss]))
-        lambdas = measure_lambdas(model, splits["val"], settings)
-        if val_loss < best["val_loss"]:
-            best = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
-            save(folder / "best.pt", model.state_dict())
-        rows.append(dict(
-            epoch=epoch, step=epoch * len(losses), lr=factor * settings["lr"], train_loss=losses.dot(shares).item(),
-            train_accuracy=accuracy, val_loss=val_loss, val_accuracy=val_accuracy,
-            seconds=time.perf_counter() - start, images_per_second=len(splits["train"].labels) / train_seconds,
-            **{f"lambda_{block}": value for block, value in enumerate(lambdas)}))
-        save(folder / "last.pt", dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                                      scaler=scaler.state_dict(), rows=rows, best=best))
-        write_metrics(folder / "metrics.csv", rows)
-        print_epoch(folder, settings, rows[-1])
+        losses, shares, accuracies, factor = train_epoch(stack, step, seeds, splits["train"], settings, epoch)
+        images_per_second = len(seeds) * len(splits["train"].labels) / (time.perf_counter() - start)
+        if process_rank() > 0:
+            continue
+        for row, seed in enumerate(seeds):
+            check_finite(folders[seed], epoch, losses[row])
+            show_seed(stack, row)
+            val_loss, val_accuracy = evaluate(stack.model, splits["val"], settings)
+            check_finite(folders[seed], epoch, torch.tensor([val_loss]))
+            lambdas = measure_lambdas(stack.model, splits["val"], settings)
+            if val_loss < best[seed]["val_loss"]:
+                best[seed] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
+                write_whole(folders[seed] / "best.pt", packed(seed_weights(stack, row)))
+            rows[seed].append(dict(
+                epoch=epoch, step=epoch * losses.shape[1], lr=factor * settings["lr"],
+                train_loss=losses[row].dot(shares).item(), train_accuracy=accuracies[row].item(), val_loss=val_loss,
+                val_accuracy=val_accuracy, seconds=math.nan, images_per_second=images_per_second,
+                **{f"lambda_{block}": value for block, value in enumerate(lambdas)}))
+        seconds = (time.perf_counter() - start) / len(seeds)
+        for seed in seeds:
+            rows[seed][-1]["seconds"] = seconds
+        write_together({folders[seed] / "last.pt": packed(dict(
+            model=seed_weights(stack, row), optimizers=[seed_state(optimizer, row) for optimizer in stack.optimizers],
+            scaler=stack.scaler.state_dict(), rows=rows[seed], best=best[seed])) for row, seed in enumerate(seeds)})
+        for seed in seeds:
+            write_metrics(folders[seed] / "metrics.csv", rows[seed])
+            print_epoch(folders[seed], settings, rows[seed][-1])
 
-    with reading(folder / "best.pt", device) as weights:
+    for seed in seeds if process_rank() == 0 else []:
+        test_run(folders[seed], stack.model, settings | dict(seed=seed), facts, rows[seed], best[seed], splits)
+
+
+def seed_weights(stack, row):
+    """The state dict of one of a stack's models, in memory of its own."""
+    show_seed(stack, row)
+    return {name: weight.clone() for name, weight in stack.model.state_dict().items()}
+
+
+def test_run(folder, model, settings, facts, rows, best, splits):
+    """Test a run's best weights, and so finish it."""
+    with reading(folder / "best.pt") as weights:
         model.load_state_dict(weights)
     test_loss, test_accuracy = evaluate(model, splits["test"], settings)
     epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
@@ -695,31 +1031,73 @@ def print_summary(folder):
     print(f"{figures}  {folder}", flush=True)
 
 
+def pick_stack_size(args, settings):
+    """How many seeds at most to train side by side."""
+    with torch.device("meta"):
+        model = make_model(settings)
+    if settings["amp"] == "float16" or any(True for _ in model.buffers()) or not all(
+            parameter.requires_grad for parameter in model.parameters()):
+        return 1  # seeds would share the scale of the gradient, or what is no trained parameter
+    return args.stack or len(args.seed)
+
+
+def plan_stacks(args, device):
+    """What is to be trained, checked as a whole: a list of (settings of the first seed, facts, {seed: folder})."""
+    models = dict.fromkeys(name for given in args.model for name in (MODELS if given == "all" else [given]))
+    for name in models:
+        check_name("model", name, [*MODELS, "all"])
+    plan, seeds = [], list(dict.fromkeys(args.seed))
+    for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
+        settings = resolve_settings(args, model, dataset, seeds[0], device)
+        facts, size = measure_model(settings), pick_stack_size(args, settings)
+        plan += [(settings, facts, {seed: args.runs_dir / f"{dataset}-{model}-seed{seed}" for seed in part})
+                 for part in (seeds[i:i + size] for i in range(0, len(seeds), size))]
+    return plan
+
+
+def unfinished(args, settings, folders):
+    """Those of a stack's runs, {seed: folder}, that are still to be trained."""
+    return {seed: folder for seed, folder in folders.items()
+            if args.overwrite or not is_finished(folder, settings | dict(seed=seed))}
+
+
+def begin_stack(args, settings, folders, locks):
+    """Lock the folders and return what to train in them: a list of checkpoints, {seed: content of last.pt}, in which
+    all are of the same epoch."""
+    for folder in folders.values():
+        locks.enter_context(locked(folder))
+        for name in RECORDS if args.overwrite else []:
+            (folder / name).unlink(missing_ok=True)
+            partial_of(folder / name).unlink(missing_ok=True)
+    parts = {}
+    left = {seed: folder for seed, folder in folders.items() if not is_finished(folder, settings | dict(seed=seed))}
+    for seed, last in read_checkpoints(left).items() if left else []:
+        parts.setdefault(len(last["rows"]), {})[seed] = last
+    return list(parts.values())
+
+
 def train_all(args):
     """Train every combination of model, data set and seed; check all of them before the first starts."""
     device = pick_device(args.device)
-    models = [name for given in args.model for name in (MODELS if given == "all" else [given])]
-    for name in models:
-        check_name("model", name, [*MODELS, "all"])
-    runs, facts = {}, {}
-    for dataset, model, seed in itertools.product(args.dataset, models, args.seed):
-        settings = resolve_settings(args, model, dataset, seed, device)
-        if (dataset, model) not in facts:
-            facts[dataset, model] = measure_model(settings)
-        runs[args.runs_dir / f"{dataset}-{model}-seed{seed}"] = settings
-    unfinished = {settings["dataset"] for folder, settings in runs.items()
-                  if args.overwrite or not is_finished(folder, settings)}
-    splits = {name: load_splits(name, args.data_dir, device) for name in unfinished}
+
+    def prepare():
+        plan = plan_stacks(args, device)
+        names = {settings["dataset"] for settings, _, folders in plan if unfinished(args, settings, folders)}
+        for name in names:
+            splits[name] = load_splits(name, args.data_dir, device)
+        return plan, names
+
+    splits = {}
+    plan, names = from_first(prepare)
+    splits = splits or {name: load_splits(name, args.data_dir, device) for name in names}
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     machine = dict(device_name=device_name, torch=torch.__version__, git_commit=git_commit())
-    for folder, settings in runs.items():
-        dataset, model = settings["dataset"], settings["model"]
-        with locked(folder):
-            for name in RECORDS if args.overwrite else []:
-                (folder / name).unlink(missing_ok=True)
-            if not is_finished(folder, settings):
-                train_run(folder, settings, facts[dataset, model] | machine, splits[dataset], device)
-        print_summary(folder)
+    for settings, facts, folders in plan:
+        with contextlib.ExitStack() as locks:
+            for checkpoints in from_first(lambda: begin_stack(args, settings, folders, locks)):
+                train_stack(folders, settings, facts | machine, checkpoints, splits[settings["dataset"]], device)
+        for folder in folders.values() if process_rank() == 0 else []:
+            print_summary(folder)
 
 
 def evaluate_again(args):
@@ -730,18 +1108,191 @@ def evaluate_again(args):
         model = make_model(config).to(device)
     with reading(folder / "summary.json") as summary:
         recorded = summary["test_loss"], summary["test_accuracy"]
-    with reading(folder / "best.pt", device) as weights:
+    with reading(folder / "best.pt") as weights:
         model.load_state_dict(weights)
     figures = evaluate(model, load_splits(config["dataset"], args.data_dir, device)["test"], config)
     for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}")
 
 
+def make_contender(settings, seeds, splits, device):
+    """A training step, and an evaluation of the validation split, as functions of nothing that can be timed."""
+    stack = make_stack(settings, seeds, device)
+    step = make_step(stack, splits["train"], settings)
+    order, noise = (torch.stack(draws).to(device) for draws in zip(
+        *(draw_epoch(seed, 1, len(splits["train"].labels)) for seed in seeds)))
+    size = settings["batch_size"]
+    batches = itertools.cycle([batch for batch in zip(order.split(size, 1), noise.split(size, 1))
+                               if batch[0].shape[1] == size])
+
+    def train():
+        stack.model.train()
+        set_rates(stack.optimizers, 1.0)
+        step(*next(batches))
+
+    return train, lambda: evaluate(stack.model, splits["val"], settings)
+
+
+def seconds_of(function, device):
+    """How long a call takes, what it started on the device included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def time_in_turn(functions, device, rounds, calls):
+    """Seconds of every call of each function: they take turns, so that all meet the same moods of the machine, and the
+    first call of each turn, which finds the caches full of another's, is not counted."""
+    times = [[] for _ in functions]
+    for _ in tqdm(range(rounds), desc="timing", unit=" rounds", leave=False, disable=None):
+        for own, function in zip(times, functions):
+            seconds_of(function, device)
+            own += [seconds_of(function, device) for _ in range(calls)]
+    return times
+
+
+def measure_training_flops(settings):
+    """FLOPs of the forward and backward pass of an image."""
+    dataset = DATASETS[settings["dataset"]]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        images = torch.empty(1, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
+        make_model(settings)(images).sum().backward()
+    return counter.get_total_flops()
+
+
+def peak_memory(function, device):
+    """The most bytes that tensors take while the function runs, above what they took before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def write_benchmark(args, name, rows, table):
+    """Write the rows as CSV and the table as Markdown into --runs-dir, and print the table."""
+    args.runs_dir.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+                     for row in rows)
+    write_whole(args.runs_dir / f"{name}.csv", text.getvalue())
+    write_whole(args.runs_dir / f"{name}.md", table)
+    print(table, end="")
+
+
+def markdown(header, rows):
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows])
+
+
+def benchmark_steps(args):
+    """Time whole training steps, and evaluation, of every model and data set: of one seed and, where several are given,
+    of their stack; as they are and, with --compile, compiled."""
+    device, rows, functions = pick_device(args.device), [], []
+    plan, splits = plan_stacks(args, device), {}
+    for settings, facts, folders in plan:
+        dataset = settings["dataset"]
+        splits[dataset] = splits.get(dataset) or load_splits(dataset, args.data_dir, device)
+        flops = measure_training_flops(settings)
+        for seeds, compiled in itertools.product(dict.fromkeys([(settings["seed"],), tuple(folders)]),
+                                                 dict.fromkeys([False, args.compile])):
+            train, evaluate_all = make_contender(settings | dict(compile=compiled), seeds, splits[dataset], device)
+            rows.append(dict(
+                dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
+                batch_size=settings["batch_size"], parameters=facts["parameters"], training_flops_per_image=flops,
+                first_step_seconds=seconds_of(train, device)))
+            functions += [train, evaluate_all]
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    *times, products = time_in_turn([*functions, lambda: matrix @ matrix], device, rounds=20, calls=4)
+    peak = 2 * side**3 / statistics.median(products)
+    for row, training, evaluation in zip(rows, times[::2], times[1::2]):
+        low, *_, high = statistics.quantiles(training, n=10)
+        images_per_second = row["seeds"] * row["batch_size"] / statistics.median(training)
+        row.update(
+            ms_per_step=1e3 * statistics.median(training), ms_low=1e3 * low, ms_high=1e3 * high,
+            images_per_second=images_per_second,
+            epoch_seconds=row["seeds"] * len(splits[row["dataset"]]["train"].labels) / images_per_second,
+            evaluation_images_per_second=VALIDATION_SIZE / statistics.median(evaluation),
+            peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
+    write_benchmark(args, "benchmark", rows, markdown(
+        ["model, data set", "seeds", "compiled", "ms a step", "10% to 90%", "ms a seed", "images/s", "s an epoch",
+         "MFLOPs an image", "of the peak", "evaluated images/s", "first step, s"],
+        [[f"{row['model']}, {row['dataset']}", str(row["seeds"]), "yes" if row["compiled"] else "no",
+          f"{row['ms_per_step']:.2f}", f"{row['ms_low']:.2f} to {row['ms_high']:.2f}",
+          f"{row['ms_per_step'] / row['seeds']:.2f}", f"{row['images_per_second']:,.0f}", f"{row['epoch_seconds']:.1f}",
+          f"{row['training_flops_per_image'] / 1e6:.2f}", f"{row['share_of_peak']:.1%}",
+          f"{row['evaluation_images_per_second']:,.0f}", f"{row['first_step_seconds']:.1f}"] for row in rows]))
+
+
+GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 4, 2], batch_size=[32, 128, 512, 2048])
+
+
+def benchmark_growth(args):
+    """Time and weigh training steps of every model and data set while one size of theirs grows; MLP and head stay four
+    times as wide as the tokens."""
+    device, rows, functions = pick_device(args.device), [], []
+    splits = {}
+    for settings, _, _ in plan_stacks(args, device):
+        dataset = settings["dataset"]
+        splits[dataset] = splits.get(dataset) or load_splits(dataset, args.data_dir, device)
+        for size, values in GROWTH.items():
+            for value in values:
+                own = settings | {size: value}
+                if size == "dim":
+                    own |= dict(mlp_dim=4 * value, head_hidden_dim=4 * value)
+                tokens = (DATASETS[dataset]["image_size"] // own["patch_size"]) ** 2 + 1
+                train, _ = make_contender(own, [own["seed"]], splits[dataset], device)
+                train()
+                rows.append(dict(dataset=dataset, model=own["model"], size="tokens" if size == "patch_size" else size,
+                                 value=tokens if size == "patch_size" else value,
+                                 peak_megabytes=peak_memory(train, device) / 2**20))
+                functions.append(train)
+    for row, times in zip(rows, time_in_turn(functions, device, rounds=5, calls=2)):
+        row.update(ms_per_step=1e3 * statistics.median(times))
+
+    lines = []
+    for key, group in itertools.groupby(rows, key=lambda row: (row["size"], row["dataset"], row["model"])):
+        group = list(group)
+        values = [math.log(row["value"]) for row in group]
+        exponents = [statistics.linear_regression(values, [math.log(row[figure]) for row in group]).slope
+                     for figure in ("ms_per_step", "peak_megabytes")]
+        lines.append([key[0], f"{key[2]}, {key[1]}", ", ".join(f"{row['value']}" for row in group),
+                      ", ".join(f"{row['ms_per_step']:.1f}" for row in group), f"{exponents[0]:.2f}",
+                      ", ".join(f"{row['peak_megabytes']:.0f}" for row in group), f"{exponents[1]:.2f}"])
+    write_benchmark(args, "growth", rows, markdown(
+        ["what grows", "model, data set", "from, to", "ms a step", "exponent", "peak MB", "exponent"],
+        sorted(lines, key=lambda line: list(GROWTH).index(line[0].replace("tokens", "patch_size")))))
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory of one step for the next: to give it back and take it again costs up to a third of
+    a step in page faults."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+
+
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     args = parse_flags(argv)
+    keep_freed_memory()
     try:
-        evaluate_again(args) if args.eval else train_all(args)
+        if args.eval:
+            evaluate_again(args)
+        elif args.benchmark:
+            dict(steps=benchmark_steps, growth=benchmark_growth)[args.benchmark](args)
+        else:
+            train_all(args)
     except UserError as error:
         problem = str(error)
     except OSError as error:

@@ -5,6 +5,8 @@
 Dosovitskiy et al. 2020 (arXiv 2010.11929), pre-norm, with the names of timm's state dict.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,8 +44,10 @@ class SelfAttention(nn.Module):
         q, k, _ = self.project(x)
         return softmax_map(q, k)
 
-    def forward(self, x):
-        return self.proj(merge_heads(softmax_attention(*self.project(x))))
+    def forward(self, x, keep=None):
+        """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
+        q, k, v = self.project(x)
+        return self.proj(merge_heads(softmax_attention(q[:, :, :keep], k, v)))
 
 
 class PatchEmbed(nn.Module):
@@ -81,19 +85,22 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block around the module `attn`: (B, N, dim) -> (B, N, dim).
 
-    With `keep`, only the first `keep` tokens go on after the attention: (B, N, dim) -> (B, keep, dim).
+    With `keep`, only the first `keep` tokens are computed: (B, N, dim) -> (B, keep, dim). Of an attention whose
+    forward takes no `keep`, the others are dropped after it.
     """
 
     def __init__(self, dim, mlp_dim, attn, dropout):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
+        self.attn_keeps = "keep" in inspect.signature(attn.forward).parameters
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_dim, dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, keep=None):
-        x = (x + self.dropout(self.attn(self.norm1(x))))[:, :keep]
+        attended = self.attn(self.norm1(x), keep) if self.attn_keeps else self.attn(self.norm1(x))[:, :keep]
+        x = x[:, :keep] + self.dropout(attended)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -148,7 +155,7 @@ class ViT(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, keep=1)  # the head reads the class token alone, so no other needs the last MLP
+        x = self.blocks[-1](x, keep=1)  # the head reads the class token alone
         return self.head(self.norm(x[:, 0]))
 
     def attention_inputs(self, images):

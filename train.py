@@ -234,7 +234,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import distributed
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -414,26 +414,26 @@ def mix_seed(*key):
 
 
 def orthogonalize(matrices, steps=5):
-    """Nearly U V' of every matrix U S V' in a list of stacks (S, m, n), by the Newton-Schulz iteration of Muon.
+    """Nearly U V' of every matrix U S V' in a list of stacks (B, m, n), by the Newton-Schulz iteration of Muon.
 
-    Of a matrix X no taller than wide, a step makes (a + b A + c A^2) X, where A = X X'. The factors are polynomials of
-    the first A, so A alone need be iterated, which is small; those of equal size are iterated as one batch.
+    A step makes (a + b A + c A^2) X of a matrix X, where A = X X'; of one taller than wide X (a + b A + c A^2), where
+    A = X' X. These factors are polynomials of the first A, so A alone need be iterated, which is small, and those of
+    equal size as one batch.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = [matrix.shape[1] > matrix.shape[2] for matrix in matrices]
-    wide = [matrix.mT if is_tall else matrix for matrix, is_tall in zip(matrices, tall)]
-    wide = [matrix / torch.linalg.vector_norm(matrix, dim=(1, 2), keepdim=True).clamp_min(1e-7) for matrix in wide]
-    result = [None] * len(matrices)
-    for side in sorted({matrix.shape[1] for matrix in wide}):
-        members = [i for i, matrix in enumerate(wide) if matrix.shape[1] == side]
-        gram, product = torch.cat([wide[i] @ wide[i].mT for i in members]), None
+    result = list(matrices)
+    for side in sorted({min(matrix.shape[1:]) for matrix in matrices}):
+        members = [i for i, matrix in enumerate(matrices) if min(matrix.shape[1:]) == side]
+        gram = torch.cat([x @ x.mT if x.shape[1] == side else x.mT @ x for x in (matrices[i] for i in members)])
+        squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-14).view(-1, 1, 1)
+        gram, product = gram / squared_norm, squared_norm.rsqrt()
         for _ in range(steps):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor if product is None else factor @ product
+            product = factor @ product if product.shape[1] > 1 else factor * product
             gram = factor @ gram @ factor
-        for i, own in zip(members, product.chunk(len(members))):
-            result[i] = (own @ wide[i]).mT if tall[i] else own @ wide[i]
+        for i, factor in zip(members, product.chunk(len(members))):
+            result[i] = factor @ matrices[i] if matrices[i].shape[1] == side else matrices[i] @ factor
     return result
 
 
@@ -465,9 +465,9 @@ class Muon(torch.optim.Optimizer):
 
 
 # Models that differ in their seed alone, trained side by side; a single one is a stack of one. `flats` are what the
-# optimizers train, each (S, P): a row a seed. `weights`, {name: (S, *shape)}, are views of them in the same order, and
-# `leaves` the same tensors as autograd sees them. `model` is the module, with the weights of one seed at a time.
-Stack = namedtuple("Stack", "model weights leaves flats optimizers scaler")
+# optimizers train, each (S, P): a row a seed. `weights`, {name: (S, *shape)}, are views of them in the same order.
+# `model` is the module, which has the weights of one seed at a time.
+Stack = namedtuple("Stack", "model weights flats optimizers scaler")
 
 
 def sort_parameters(model, optimizer):
@@ -494,10 +494,7 @@ def make_stack(settings, seeds, device):
         pieces = flats[part].split([shape.numel() for shape in shapes], 1)
         weights |= {name: piece.view(-1, *shape) for name, piece, shape in zip(names, pieces, shapes)}
     model = models[0].to(device)
-    leaves = [weight.detach().requires_grad_() for weight in weights.values()]
-    if len(seeds) == 1:
-        leaves = [model.get_parameter(name) for name in weights]
-    stack = Stack(model, weights, leaves, list(flats.values()), make_optimizers(flats, weights, parts, settings),
+    stack = Stack(model, weights, list(flats.values()), make_optimizers(flats, weights, parts, settings),
                   torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16"))
     show_seed(stack, 0)
     return stack
@@ -525,57 +522,64 @@ def show_seed(stack, row):
         stack.model.get_parameter(name).data = weight[row]
 
 
-def run_stack(stack, images):
-    """Each seed's model on its own images: (S, B, C, H, W) -> logits (S, B, num_classes)."""
+def run_stack(stack, weights, images):
+    """Each seed's model on its own images: (S, B, C, H, W) -> logits (S, B, num_classes). The weights are a list in the
+    stack's order; those of a single seed have no dimension S, and its model is not mapped."""
+    def run(weights, own):
+        return functional_call(stack.model, weights, (own,))
+
+    weights = dict(zip(stack.weights, weights))
     if len(images) == 1:
-        return stack.model(images[0]).unsqueeze(0)
-    model = functools.partial(functional_call, stack.model)
-    return torch.vmap(lambda weights, own: model(weights, (own,)), randomness="different")(
-        dict(zip(stack.weights, stack.leaves)), images)
+        return run(weights, images[0]).unsqueeze(0)
+    return torch.vmap(run, randomness="different")(weights, images)
 
 
 def make_step(stack, split, settings):
-    """The training step, a function: indices (S, B) into the split and their noise (S, B, 7) -> losses and correct answers (S,).
+    """The training step, a function: indices (S, B) into the split and their noise (S, B, 7) -> losses and correct
+    answers (S,). Of several processes each takes its slice of the batch, and all take the same step by the sum of
+    their gradients."""
+    device, rank, processes = split.labels.device, process_rank(), process_count()
+    amp = dict(device_type=device.type, dtype=getattr(torch, settings["amp"], None), enabled=settings["amp"] != "off")
+    weights = [(weight[0] if len(weight) == 1 else weight).detach() for weight in stack.weights.values()]
+    leaves = [weight.detach().requires_grad_() for weight in weights]  # the same memory, with gradients
+    one = torch.ones((), device=device)
 
-    With several processes each takes its slice of the batch, and all make the same step by the sum of the gradients.
-    """
-    rank, processes = process_rank(), process_count()
-    smoothing, dataset = settings["label_smoothing"], settings["dataset"]
-    amp = dict(device_type=split.labels.device.type, dtype=getattr(torch, settings["amp"], None),
-               enabled=settings["amp"] != "off")
-
-    def measure(images, labels):  # images (S, B, C, H, W), labels (S, B)
+    def measure(weights, images, labels, share, scale):  # images (S, B, C, H, W), labels (S, B); each counts `share`
         with torch.autocast(**amp):
-            logits = run_stack(stack, images)
-            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing,
-                                     reduction="none").view_as(labels)
-        return losses.sum(1), (logits.argmax(2) == labels).sum(1)
+            logits = run_stack(stack, weights, images)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
+                                     label_smoothing=settings["label_smoothing"]).view_as(labels).sum(1) * share
+        return scale * losses.sum(), (losses, (logits.argmax(2) == labels).sum(1))
 
-    compiled = torch.compile(measure, dynamic=False) if settings["compile"] else measure
+    def join(gradients):
+        return torch.cat([gradient.reshape(len(stack.flats[0]), -1) for gradient in gradients], 1)  # (S, P)
+
+    def differentiate(*batch):
+        loss, (losses, correct) = measure(leaves, *batch)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return join(gradients), losses.detach(), correct
+
+    @functools.partial(torch.compile, dynamic=False)
+    def differentiate_compiled(*batch):  # forward and backward pass are one graph this way, and two by autograd
+        gradients, (_, (losses, correct)) = grad_and_value(measure, has_aux=True)(weights, *batch)
+        return join(gradients), losses, correct
 
     def step(index, noise):
         batch = index.shape[1]
         index, noise = (part.tensor_split(processes, dim=1)[rank] for part in (index, noise))
         pixels = augment(split.images[index.flatten()].float(), noise.flatten(0, 1), settings)
-        images, labels = normalize(pixels, dataset).unflatten(0, index.shape), split.labels[index]
-        losses, correct = (compiled if batch == settings["batch_size"] else measure)(images, labels)
-        losses = losses / batch
-        gradients = torch.autograd.grad(stack.scaler.scale(losses.sum()), stack.leaves, allow_unused=True,
-                                        materialize_grads=True)
-        gradient = torch.cat([part.reshape(len(index), -1) for part in gradients], 1)  # (S, P)
-        losses = losses.detach()
+        images, labels = normalize(pixels, settings["dataset"]).unflatten(0, index.shape), split.labels[index]
+        is_compiled = settings["compile"] and batch == settings["batch_size"]  # not anew for the last, smaller one
+        gradient, losses, correct = (differentiate_compiled if is_compiled else differentiate)(
+            images, labels, 1 / batch, stack.scaler.scale(one))
         if processes > 1:
             for tensor in (gradient, losses, correct):
                 add_up(tensor)
-
+        if settings["clip"]:
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True) / stack.scaler.get_scale()  # one a seed
+            gradient.mul_((settings["clip"] / (norms + 1e-6)).clamp_max(1.0))
         for flat, part in zip(stack.flats, gradient.split([flat.shape[1] for flat in stack.flats], 1)):
             flat.grad = part.contiguous()
-        for optimizer in stack.optimizers:
-            stack.scaler.unscale_(optimizer)
-        if settings["clip"]:
-            norms = sum(flat.grad.square().sum(1, keepdim=True) for flat in stack.flats).sqrt()  # one a seed
-            for flat in stack.flats:
-                flat.grad.mul_((settings["clip"] / (norms + 1e-6)).clamp_max(1.0))
         for optimizer in stack.optimizers:
             stack.scaler.step(optimizer)
         stack.scaler.update()

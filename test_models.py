@@ -441,16 +441,12 @@ def test_default_augmentation_is_small_and_each_images_own(mnist):
 
 # The loop.
 
-def make_run(mnist, *flags, count=2_500, model="vit"):
-    """Settings, a model, its optimizers and a split of `count` images, as train_run has them."""
-    settings = train.resolve_settings(train.parse_flags([*TINY, *flags]), model, "mnist", 0, CPU)
-    network = train.make_model(settings)
+def make_run(mnist, *flags, count=2_500, model="vit", seeds=(0,), sizes=TINY):
+    """Settings, a stack of untrained models, their training step and a split of `count` images, as train_stack has."""
+    settings = train.resolve_settings(train.parse_flags([*sizes, *flags]), model, "mnist", seeds[0], CPU)
     split = train.Split(mnist["train"].images[:count], mnist["train"].labels[:count])
-    return settings, network, train.make_optimizers(network, settings), split
-
-
-def scaler():
-    return torch.amp.GradScaler("cpu", enabled=False)
+    stack = train.make_stack(settings, seeds, CPU)
+    return settings, stack, train.make_step(stack, split, settings), split
 
 
 def loss_by_hand(model, split, settings):
@@ -464,32 +460,81 @@ def loss_by_hand(model, split, settings):
 
 
 def test_loss_and_accuracy_are_over_all_samples_also_of_the_smaller_last_batch(mnist):
-    settings, model, optimizers, split = make_run(mnist, "--lr", "0", "--muon-lr", "0", "--no-augment", count=2_345)
-    expected = loss_by_hand(model, split, settings)
-    assert train.evaluate(model, split, settings) == pytest.approx(expected, abs=1e-6)
-    losses, shares, accuracy, _ = train.train_epoch(model, optimizers, scaler(), split, settings, 1)
+    settings, stack, step, split = make_run(mnist, "--lr", "0", "--muon-lr", "0", "--no-augment", count=2_345)
+    expected = loss_by_hand(stack.model, split, settings)
+    assert train.evaluate(stack.model, split, settings) == pytest.approx(expected, abs=1e-6)
+    losses, shares, accuracies, _ = train.train_epoch(stack, step, [0], split, settings, 1)
     assert shares.tolist() == pytest.approx([1000 / 2345, 1000 / 2345, 345 / 2345])
-    assert (losses.dot(shares).item(), accuracy) == pytest.approx(expected, abs=1e-6)
+    assert (losses[0].dot(shares).item(), accuracies[0].item()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient(mnist):
     """One whole step against AdamW (Loshchilov and Hutter 2019) written out; its first step moves by lr * sign."""
-    settings, model, optimizers, split = make_run(
+    settings, stack, step, split = make_run(
         mnist, "--optimizer", "adamw", "--no-augment", "--warmup", "0", "--decay", "0", "--weight-decay", "0.5",
         "--clip", "0.01", "--epochs", "1", count=1000)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    order = torch.randperm(1000)  # any order: one batch is the whole split
-    images = (split.images[order].float() / 255 - 0.1307) / 0.3081
-    F.cross_entropy(model(images), split.labels[order], label_smoothing=0.1).backward()
+    model = train.make_model(settings)
+    images = (split.images.float() / 255 - 0.1307) / 0.3081  # in any order: one batch is the whole split
+    F.cross_entropy(model(images), split.labels, label_smoothing=0.1).backward()
     norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()))
     assert norm > 0.02  # so that clipping acts
-    gradients = {name: parameter.grad * 0.01 / norm for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    train.train_epoch(model, optimizers, scaler(), split, settings, 1)
-    for name, parameter in model.named_parameters():
-        decayed = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-        expected = before[name] * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradients[name] / (gradients[name].abs() + 1e-8)
-        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-4, msg=name)
+    train.train_epoch(stack, step, [0], split, settings, 1)
+    after = dict(stack.model.named_parameters())
+    for name, before in model.named_parameters():
+        decayed = before.ndim > 1 and name not in ("cls_token", "pos_embed")
+        gradient = before.grad * 0.01 / norm
+        expected = before * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after[name].detach(), expected.detach(), rtol=0, atol=1e-4, msg=name)
+
+
+def muon_by_hand(weights, gradients, lr, weight_decay):
+    """Muon as its author has it, on one matrix in float64: the singular values of the averaged gradient go through
+    the polynomial five times, and its singular vectors stay."""
+    average = torch.zeros_like(weights)
+    for gradient in gradients:
+        average = 0.95 * average + 0.05 * gradient
+        u, s, v = torch.linalg.svd(0.05 * gradient + 0.95 * average, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        rows, columns = weights.shape
+        weights = (1 - lr * weight_decay) * weights - lr * math.sqrt(max(1, rows / columns)) * (u * s) @ v
+    return weights
+
+
+def test_muon_on_stacks_is_muon_on_each_matrix():
+    torch.manual_seed(0)
+    shapes = [(96, 32), (32, 32), (32, 128), (16, 7), (7, 16), (1, 5)]
+    sizes = [rows * columns for rows, columns in shapes]
+    flat = torch.randn(3, sum(sizes))
+    gradients = [scale * torch.randn(3, sum(sizes)) for scale in (1.0, 1e-6, 10.0)]
+    expected = [[muon_by_hand(own.view(shape), [gradient[seed].split(sizes)[i].double().view(shape)
+                                                for gradient in gradients], 0.02, 0.1)
+                 for i, (own, shape) in enumerate(zip(flat[seed].double().split(sizes), shapes))] for seed in range(3)]
+    muon = train.Muon([flat], shapes, lr=torch.tensor(0.02), weight_decay=0.1)
+    for flat.grad in gradients:
+        muon.step()
+    for seed in range(3):
+        for own, shape, matrix in zip(flat[seed].split(sizes), shapes, expected[seed]):
+            torch.testing.assert_close(own.view(shape).double(), matrix, rtol=0, atol=1e-4)
+    flat.grad = torch.zeros_like(flat)
+    train.Muon([flat], shapes, lr=torch.tensor(0.02), weight_decay=0.0).step()
+    assert flat.isfinite().all()
+
+
+def test_muon_is_torchs_within_its_half_precision():
+    torch.manual_seed(0)
+    weights, gradient = torch.randn(64, 32), torch.randn(64, 32)
+    flat = weights.flatten()[None].clone()
+    flat.grad = gradient.flatten()[None].clone()
+    train.Muon([flat], [(64, 32)], lr=torch.tensor(0.1), weight_decay=0.1).step()
+    weights.grad = gradient
+    torch.optim.Muon([torch.nn.Parameter(weights)], lr=0.1)  # takes no plain tensor, so a parameter of its own:
+    parameter = torch.nn.Parameter(weights.clone())
+    parameter.grad = gradient
+    torch.optim.Muon([parameter], lr=0.1, weight_decay=0.1).step()
+    moved, expected = flat.view(64, 32) - 0.99 * weights, parameter.detach() - 0.99 * weights
+    assert (moved - expected).norm() < 0.03 * expected.norm()
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
@@ -503,15 +548,20 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 @pytest.mark.parametrize("name", MODELS)
 def test_muon_takes_the_blocks_matrices_and_decay_spares_norms_biases_tokens_and_lambda(name):
     settings = train.resolve_settings(train.parse_flags(["--weight-decay", "0.3", "--qkv-bias"]), name, "mnist", 0, CPU)
-    model = train.make_model(settings)
-    names = {id(parameter): key for key, parameter in model.named_parameters()}
-    muon, adamw = train.make_optimizers(model, settings)
-    assert {names[id(p)] for group in muon.param_groups for p in group["params"]} == {
+    stack = train.make_stack(settings, [0, 1], CPU)
+    owners = {}
+    for parameter, weight in stack.weights.items():
+        (owners[parameter],) = (i for i, flat in enumerate(stack.flats)
+                                if flat.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr())
+    assert set(owners) == {parameter for parameter, _ in stack.model.named_parameters()}
+    assert sum(flat.numel() for flat in stack.flats) == sum(weight.numel() for weight in stack.weights.values())
+    muon, adamw = stack.optimizers
+    decays = {id(group["params"][0]): group["weight_decay"] for o in (muon, adamw) for group in o.param_groups}
+    assert muon.param_groups[0]["params"][0] is stack.flats[0] and len(decays) == 3
+    assert {parameter for parameter, i in owners.items() if i == 0} == {
         f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    decayed = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {parameter for parameter, i in owners.items() if decays[id(stack.flats[i])] and i > 0}
     assert decayed == {"patch_embed.proj.weight", "head.fc1.weight", "head.fc2.weight"}
-    everything = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, everything)) == sorted(names)  # each parameter once
 
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone(mnist, monkeypatch):
@@ -522,12 +572,11 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(mnist, monkeypatc
         return pixels
 
     monkeypatch.setattr(train, "augment", record)
-    for seed, epoch in [("0", 1), ("0", 1), ("0", 2), ("4294967295", 1)]:
-        settings, model, optimizers, split = make_run(mnist, "--seed", seed)
-        settings["seed"] = int(seed)
+    for seed, epoch in [(0, 1), (0, 1), (0, 2), (4294967295, 1)]:
+        settings, stack, step, split = make_run(mnist, seeds=[seed])
         torch.rand(len(seen) + 1)  # whatever the global generator went through before
         seen.append([])
-        train.train_epoch(model, optimizers, scaler(), split, settings, epoch)
+        train.train_epoch(stack, step, [seed], split, settings, epoch)
     first, again, next_epoch, other_seed = ([torch.cat(part) for part in zip(*epoch)] for epoch in seen)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     for other in (next_epoch, other_seed):
@@ -542,14 +591,53 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(mnist, monkeypatc
 def test_amp_trains_close_to_float32(mnist, precision, model_name):
     losses = {}
     for amp in ("off", precision):
-        settings, model, optimizers, split = make_run(mnist, "--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3",
-                                                      model=model_name)
-        grad_scaler = torch.amp.GradScaler("cpu", enabled=amp == "float16")
+        settings, stack, step, split = make_run(mnist, "--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3",
+                                                model=model_name)
         losses[amp] = torch.cat([
-            train.train_epoch(model, optimizers, grad_scaler, split, settings, epoch)[0] for epoch in (1, 2)])
-        assert next(model.parameters()).dtype == torch.float32
+            train.train_epoch(stack, step, [0], split, settings, epoch)[0][0] for epoch in (1, 2)])
+        assert all(flat.dtype == torch.float32 for flat in stack.flats)
     assert not torch.equal(losses["off"], losses[precision])
     torch.testing.assert_close(losses["off"], losses[precision], rtol=0.02, atol=0)
+
+
+# Many seeds, compiled, and many processes.
+
+@pytest.mark.parametrize("model, optimizer", [
+    ("vit", "muon"), ("vitdiff", "muon"), ("vitdiff", "adamw"), ("vitdiffpaper", "muon"), ("vitdiffv2", "muon")])
+def test_a_seed_in_a_stack_is_the_seed_alone(mnist, monkeypatch, model, optimizer):
+    """At the reference runs' sizes: the same initial weights, the same batches, and the same losses."""
+    batches, augment = [], train.augment
+
+    def record(pixels, noise, settings):
+        batches[-1].append((pixels.clone(), noise.clone()))
+        return augment(pixels, noise, settings)
+
+    monkeypatch.setattr(train, "augment", record)
+    seeds, losses = [3, 0, 4294967295], []
+    for group in [seeds, *([seed] for seed in seeds)]:
+        settings, stack, step, split = make_run(mnist, "--optimizer", optimizer, model=model, seeds=group, sizes=[])
+        for row, seed in enumerate(group):
+            train.show_seed(stack, row)
+            for name, weights in train.make_model(settings | dict(seed=seed)).state_dict().items():
+                assert torch.equal(stack.model.state_dict()[name], weights)
+        batches.append([])
+        losses.append(train.train_epoch(stack, step, group, split, settings, 1)[0])
+    assert losses[0].shape == (3, 20)
+    for row in range(3):
+        torch.testing.assert_close(losses[0][row], losses[1 + row][0], rtol=0, atol=1e-4)
+        assert all(torch.equal(a.chunk(3)[row], b) for together, alone in zip(batches[0], batches[1 + row])
+                   for a, b in zip(together, alone))
+    assert (losses[0][0] - losses[0][1]).abs().max() > 0.01  # and not of one another
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("model, seeds", [("vit", [0]), ("vitdiff", [0, 1])])
+def test_compiled_and_not_the_losses_agree(mnist, model, seeds):
+    losses = []
+    for flag in ("--compile", "--no-compile"):
+        settings, stack, step, split = make_run(mnist, flag, model=model, seeds=seeds)
+        losses.append(train.train_epoch(stack, step, seeds, split, settings, 1)[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-4)
 
 
 # The commands.
@@ -612,8 +700,8 @@ def test_a_run_leaves_its_records(finished):
         weights.numel() for weights in torch.load(finished / "best.pt", weights_only=True).values())
     assert config["amp"] == "off" and config["device"] == "cpu" and config["torch"] == torch.__version__
     tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs
-    attention = tokens * dim * 5 * dim + 2 * tokens**2 * 2 * 4 + 2 * tokens**2 * 4 + tokens * dim * dim
-    products = 4 * 196 * dim + attention + 2 * dim * 16 + dim * 16 + 16 * 10  # the last MLP sees the class token alone
+    attention = tokens * dim * 5 * dim + 2 * tokens * 2 * 4 + 2 * tokens * 4 + dim * dim  # of the class token alone
+    products = 4 * 196 * dim + attention + 2 * dim * 16 + dim * 16 + 16 * 10
     assert config["flops_per_image"] == 2 * products
     assert torch.load(finished / "last.pt", weights_only=True)["rows"][-1]["epoch"] == 3
 
@@ -762,7 +850,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_record(tmp_path, 
 
     def diverge(*args):
         losses, *rest = real(*args)
-        losses[7:] = math.nan if args[-1] == 2 else losses[7:]
+        losses[:, 7:] = math.nan if args[-1] == 2 else losses[:, 7:]
         return losses, *rest
 
     monkeypatch.setattr(train, "train_epoch", diverge)

@@ -1039,9 +1039,9 @@ def pick_stack_size(args, settings):
     """How many seeds at most to train side by side."""
     with torch.device("meta"):
         model = make_model(settings)
-    if settings["amp"] == "float16" or any(True for _ in model.buffers()) or not all(
+    if settings["amp"] == "float16" or list(model.buffers()) or not all(
             parameter.requires_grad for parameter in model.parameters()):
-        return 1  # seeds would share the scale of the gradient, or what is no trained parameter
+        return 1  # else the seeds would share the scale of their gradients, or what is no trained parameter
     return args.stack or len(args.seed)
 
 
@@ -1148,13 +1148,12 @@ def seconds_of(function, device):
 
 
 def time_in_turn(functions, device, rounds, calls):
-    """Seconds of every call of each function: they take turns, so that all meet the same moods of the machine, and the
-    first call of each turn, which finds the caches full of another's, is not counted."""
+    """Seconds of every call of each function. They take turns of several calls, so that all meet the same moods of the
+    machine; the first call of a turn, which finds the caches full of another's data, is not counted."""
     times = [[] for _ in functions]
     for _ in tqdm(range(rounds), desc="timing", unit=" rounds", leave=False, disable=None):
         for own, function in zip(times, functions):
-            seconds_of(function, device)
-            own += [seconds_of(function, device) for _ in range(calls)]
+            own += [seconds_of(function, device) for _ in range(calls)][1:]
     return times
 
 
@@ -1200,25 +1199,25 @@ def markdown(header, rows):
 def benchmark_steps(args):
     """Time whole training steps, and evaluation, of every model and data set: of one seed and, where several are given,
     of their stack; as they are and, with --compile, compiled."""
-    device, rows, functions = pick_device(args.device), [], []
-    plan, splits = plan_stacks(args, device), {}
-    for settings, facts, folders in plan:
+    device, splits, rows, steps, evaluations = pick_device(args.device), {}, [], [], []
+    for settings, facts, folders in plan_stacks(args, device):
         dataset = settings["dataset"]
         splits[dataset] = splits.get(dataset) or load_splits(dataset, args.data_dir, device)
         flops = measure_training_flops(settings)
         for seeds, compiled in itertools.product(dict.fromkeys([(settings["seed"],), tuple(folders)]),
                                                  dict.fromkeys([False, args.compile])):
-            train, evaluate_all = make_contender(settings | dict(compile=compiled), seeds, splits[dataset], device)
+            step, evaluation = make_contender(settings | dict(compile=compiled), seeds, splits[dataset], device)
             rows.append(dict(
                 dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                 batch_size=settings["batch_size"], parameters=facts["parameters"], training_flops_per_image=flops,
-                first_step_seconds=seconds_of(train, device)))
-            functions += [train, evaluate_all]
+                first_step_seconds=seconds_of(step, device)))
+            steps.append(step)
+            evaluations.append(evaluation)
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
-    *times, products = time_in_turn([*functions, lambda: matrix @ matrix], device, rounds=20, calls=4)
+    *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, rounds=10, calls=16)
     peak = 2 * side**3 / statistics.median(products)
-    for row, training, evaluation in zip(rows, times[::2], times[1::2]):
+    for row, training, evaluation in zip(rows, trainings, time_in_turn(evaluations, device, rounds=3, calls=3)):
         low, *_, high = statistics.quantiles(training, n=10)
         images_per_second = row["seeds"] * row["batch_size"] / statistics.median(training)
         row.update(
@@ -1243,8 +1242,7 @@ GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 4, 2], bat
 def benchmark_growth(args):
     """Time and weigh training steps of every model and data set while one size of theirs grows; MLP and head stay four
     times as wide as the tokens."""
-    device, rows, functions = pick_device(args.device), [], []
-    splits = {}
+    device, splits, rows, steps = pick_device(args.device), {}, [], []
     for settings, _, _ in plan_stacks(args, device):
         dataset = settings["dataset"]
         splits[dataset] = splits.get(dataset) or load_splits(dataset, args.data_dir, device)
@@ -1254,13 +1252,13 @@ def benchmark_growth(args):
                 if size == "dim":
                     own |= dict(mlp_dim=4 * value, head_hidden_dim=4 * value)
                 tokens = (DATASETS[dataset]["image_size"] // own["patch_size"]) ** 2 + 1
-                train, _ = make_contender(own, [own["seed"]], splits[dataset], device)
-                train()
+                step, _ = make_contender(own, [own["seed"]], splits[dataset], device)
+                step()
                 rows.append(dict(dataset=dataset, model=own["model"], size="tokens" if size == "patch_size" else size,
                                  value=tokens if size == "patch_size" else value,
-                                 peak_megabytes=peak_memory(train, device) / 2**20))
-                functions.append(train)
-    for row, times in zip(rows, time_in_turn(functions, device, rounds=5, calls=2)):
+                                 peak_megabytes=peak_memory(step, device) / 2**20))
+                steps.append(step)
+    for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=4)):
         row.update(ms_per_step=1e3 * statistics.median(times))
 
     lines = []
@@ -1291,6 +1289,8 @@ def main(argv=None):
     args = parse_flags(argv)
     keep_freed_memory()
     try:
+        if (args.eval or args.benchmark) and distributed.is_available() and distributed.is_torchelastic_launched():
+            raise UserError("--eval and --benchmark take one process: leave out torchrun")
         if args.eval:
             evaluate_again(args)
         elif args.benchmark:
@@ -1302,9 +1302,15 @@ def main(argv=None):
     except OSError as error:
         problem = f"{error}: nothing written before is lost; put it right and run the same command again to go on"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            problem = "out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger --patch-size"
+        elif "vmap" in str(error):
+            problem = f"the model cannot be mapped over seeds ({first_line(error)}): give --stack 1"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = (f"--compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++, on "
+                       "CUDA Triton; leave it out")
+        else:
             raise
-        problem = "out of memory: choose a smaller --batch-size, --dim or --depth, or a larger --patch-size"
     except KeyboardInterrupt:
         print("train.py: interrupted: run the same command again to go on after the last whole epoch", file=sys.stderr)
         return 130

@@ -228,6 +228,25 @@ def test_vit_is_a_prenorm_transformer_with_free_logits(name):
     assert logits.min() < 0  # no activation on the logits
 
 
+@pytest.mark.parametrize("attn", [SelfAttention(24, 2), DiffAttention(24, 3, depth=1), DiffAttentionV2(24, 2)])
+def test_fewer_tokens_come_out_as_they_do_among_all(attn):
+    torch.manual_seed(0)
+    attn, x = random_(attn), torch.randn(3, 7, 24).double()
+    torch.testing.assert_close(attn(x, keep=2), attn(x)[:, :2], rtol=0, atol=1e-12)
+
+
+def test_an_attention_need_not_know_of_keep():
+    class Plain(SelfAttention):
+        def forward(self, x):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    plain, images = random_(ViT(attention=Plain)), torch.randn(4, 1, 28, 28).double()
+    clever = random_(ViT())
+    clever.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(plain(images), clever(images), rtol=0, atol=1e-12)
+
+
 def test_state_dict_has_timms_names():
     model = ViT(head_hidden_dim=0, patch_norm=False, depth=1, attention=DiffAttention)
     assert list(model.state_dict()) == [
@@ -528,8 +547,6 @@ def test_muon_is_torchs_within_its_half_precision():
     flat = weights.flatten()[None].clone()
     flat.grad = gradient.flatten()[None].clone()
     train.Muon([flat], [(64, 32)], lr=torch.tensor(0.1), weight_decay=0.1).step()
-    weights.grad = gradient
-    torch.optim.Muon([torch.nn.Parameter(weights)], lr=0.1)  # takes no plain tensor, so a parameter of its own:
     parameter = torch.nn.Parameter(weights.clone())
     parameter.grad = gradient
     torch.optim.Muon([parameter], lr=0.1, weight_decay=0.1).step()
@@ -798,6 +815,17 @@ def test_cuda_gives_the_same_record_for_the_same_seed(tmp_path, amp):
     assert first == second
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
+def test_cuda_graphs_and_compiled_steps_have_the_losses_of_plain_ones(tmp_path, seeds):
+    flags = [*TINY, "--device", "cuda", "--amp", "off", "--epochs", "2", "--lr", "1e-3", "--muon-lr", "2e-3"]
+    for flag in ("--compile", "--no-compile"):
+        assert command(*flags, flag, "--seed", *seeds, "--runs-dir", tmp_path / flag) == 0
+    for seed in seeds:
+        first, second = (parted(tmp_path / flag / f"mnist-vitdiff-seed{seed}") for flag in ("--compile", "--no-compile"))
+        torch.testing.assert_close(first[:, 3], second[:, 3], rtol=0, atol=1e-4)
+
+
 def test_products_are_trained_once(tmp_path, capsys):
     flags = [*TINY, "--epochs", "1", "--model", "vit", "vitdiffv2", "--seed", "0", "1", "--runs-dir", tmp_path]
     assert command(*flags) == 0
@@ -813,6 +841,224 @@ def test_products_are_trained_once(tmp_path, capsys):
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert command(*flags, "--model", "vit", "--overwrite") == 0
     assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
+
+
+STACK = [*TINY, "--dropout", "0.1", "--epochs", "3", "--seed", "0", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def finished_stack(tmp_path_factory):
+    """Three seeds trained side by side and never broken off: the folder of their runs."""
+    runs = tmp_path_factory.mktemp("stack")
+    assert command(*STACK, "--runs-dir", runs) == 0
+    return runs
+
+
+def assert_same_runs(runs, others):
+    for run in others.iterdir():
+        assert untimed(runs / run.name) == untimed(run)
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in (runs / run.name, run)]
+        for name in ("seed", "best_epoch", "val_loss", "test_loss", "test_accuracy"):
+            assert summaries[0][name] == summaries[1][name]
+        best = [torch.load(folder / "best.pt", weights_only=True) for folder in (runs / run.name, run)]
+        assert all(torch.equal(best[0][name], best[1][name]) for name in best[1])
+
+
+def test_each_seed_of_a_stack_has_records_of_its_own(finished_stack, capsys):
+    folders = [finished_stack / f"mnist-vitdiff-seed{seed}" for seed in range(3)]
+    assert sorted(finished_stack.iterdir()) == folders
+    for seed, folder in enumerate(folders):
+        assert {path.name for path in folder.iterdir()} == set(train.RECORDS)
+        config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+        assert config["seed"] == summary["seed"] == seed and config["stack"] == 3
+        assert f"--seed {seed}\n" in (folder / "args.txt").read_text()
+        assert (folder / "best.pt").stat().st_size < 3 * 4 * config["parameters"]  # one seed's weights, not all
+        capsys.readouterr()
+        assert command("--eval", folder) == 0
+        again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines())
+        assert again == recorded
+    assert len({tuple(untimed(folder)[-1]) for folder in folders}) == 3
+
+
+def test_a_stack_killed_and_resumed_is_as_one_never_broken_off(finished_stack, tmp_path):
+    process = launch(*STACK, "--runs-dir", tmp_path)
+    last = tmp_path / "mnist-vitdiff-seed2"
+    while not (last / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL and not (last / "summary.json").exists()
+    assert command(*STACK, "--runs-dir", tmp_path) == 0
+    assert_same_runs(tmp_path, finished_stack)
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_stack_killed_between_two_checkpoints_of_an_epoch_goes_on_together(
+        finished_stack, tmp_path, monkeypatch, renames):
+    replace, done = os.replace, []
+
+    def killed(source, target):
+        if Path(target).name == "last.pt" and len(done) == 3 + renames:  # in the second epoch
+            raise KeyboardInterrupt
+        done.extend([target] if Path(target).name == "last.pt" else [])
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert command(*STACK, "--runs-dir", tmp_path) == 130
+    epochs = [len(torch.load(tmp_path / f"mnist-vitdiff-seed{seed}/last.pt", weights_only=True)["rows"])
+              for seed in range(3)]
+    assert epochs == [2] * renames + [1] * (3 - renames)
+    assert command(*STACK, "--runs-dir", tmp_path) == 0
+    assert_same_runs(tmp_path, finished_stack)
+
+
+def test_seeds_that_are_not_equally_far_go_on_as_they_are_and_finished_ones_are_left_out(
+        finished_stack, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished_stack / "mnist-vitdiff-seed1", tmp_path / "mnist-vitdiff-seed1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_finite", lambda folder, epoch, losses: 1 / (2 - epoch))  # killed in epoch 2
+        with pytest.raises(ZeroDivisionError):
+            command(*STACK, "--seed", "2", "--runs-dir", tmp_path)
+    (tmp_path / "mnist-vitdiff-seed0").mkdir()
+    (tmp_path / "mnist-vitdiff-seed2/.last.pt.partial").write_bytes(b"cut off")
+    capsys.readouterr()
+    assert command(*STACK, "--runs-dir", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"seed{seed}  epoch ") for seed in range(3)] == [3, 0, 2]
+    assert untimed(tmp_path / "mnist-vitdiff-seed1") == untimed(finished_stack / "mnist-vitdiff-seed1")
+
+
+def test_seeds_that_cannot_be_stacked_are_trained_one_after_the_other(tmp_path, capsys, monkeypatch):
+    class Fixed(SelfAttention):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__(dim, num_heads, **kwargs)
+            self.register_buffer("scale", torch.ones(()))
+
+    class InPlace(SelfAttention):
+        def forward(self, x):
+            out = torch.zeros(x.shape)
+            out += super().forward(x)
+            return out
+
+    monkeypatch.setitem(MODELS, "vitfixed", dict(attention=Fixed))
+    monkeypatch.setitem(MODELS, "vitinplace", dict(attention=InPlace))
+    flags = [*TINY, "--epochs", "1", "--seed", "0", "1"]
+
+    def stack(runs, model="vit"):
+        return json.loads((tmp_path / runs / f"mnist-{model}-seed1/config.json").read_text())["stack"]
+
+    for runs, model, more, size, why in [
+            ("one", "vit", ["--stack", "1"], 1, ""), ("two", "vit", ["--stack", "2"], 2, ""),
+            ("half", "vit", ["--amp", "float16"], 1, "vit: seeds are trained one after the other (they would share"),
+            ("buffer", "vitfixed", [], 1, "no trained parameter"), ("inplace", "vitinplace", [], 1, "be mapped")]:
+        assert command(*flags, "--model", model, *more, "--runs-dir", tmp_path / runs) == 0
+        out = capsys.readouterr().out
+        assert stack(runs, model) == size and why in out and ("one after the other" in out) == bool(why)
+
+
+def torchrun(*flags, **options):
+    """train.py in two processes, connected by gloo on loopback."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py",
+         *map(str, flags)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def parted(folder):
+    return torch.tensor([[float(value) for value in row] for row in untimed(folder)], dtype=torch.double)
+
+
+def test_two_processes_give_the_losses_of_one_and_a_dead_one_takes_the_run_down_until_it_is_resumed(tmp_path):
+    """The last batch is a single image, of which one process has nothing."""
+    flags = [*TINY, "--batch-size", "679", "--epochs", "3", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", "0", "1"]
+    process = torchrun(*flags, "--runs-dir", tmp_path / "two")
+    while not (tmp_path / "two/mnist-vitdiff-seed1/metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "process 0 has lost another one" in err and "run the same command again" in err
+    assert not (tmp_path / "two/mnist-vitdiff-seed0/summary.json").exists()
+    process = torchrun(*flags, "--runs-dir", tmp_path / "two")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("going on after epoch") == 2 and out.count(" parameters ") == 2  # one process writes
+    assert command(*flags, "--runs-dir", tmp_path / "one") == 0
+    for seed in (0, 1):
+        two, one = (tmp_path / runs / f"mnist-vitdiff-seed{seed}" for runs in ("two", "one"))
+        assert json.loads((two / "config.json").read_text())["processes"] == 2
+        torch.testing.assert_close(parted(two)[:, 3], parted(one)[:, 3], rtol=0, atol=1e-4)  # train_loss
+        torch.testing.assert_close(parted(two)[:, 5], parted(one)[:, 5], rtol=0, atol=1e-4)  # val_loss
+
+
+def test_processes_together_say_what_is_wrong(tmp_path):
+    for flags, words in [(["--eval", "nowhere"], "take one process: leave out torchrun"),
+                         (["--model", "vitdif", "--runs-dir", tmp_path], "did you mean vitdiff?")]:
+        process = torchrun(*flags)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode != 0 and words in err
+
+
+# The benchmark.
+
+def test_benchmark_times_whole_steps(tmp_path, monkeypatch, capsys):
+    """With a clock that gives every call of a step 20 ms, of an evaluation 500 ms and of the product its own time."""
+    calls = []
+
+    def time_in_turn(functions, device, rounds, calls_):
+        for function in functions:
+            function()
+        calls.append(len(functions))
+        seconds = [0.02] * 4 if len(calls) == 1 else [0.5] * 4
+        return [[0.9 * value, value, value, 1.1 * value] for value in seconds] + (
+            [[2 * 2048**3 / 1e11]] if len(calls) == 1 else [])
+
+    monkeypatch.setattr(train, "time_in_turn", lambda functions, device, rounds, calls: time_in_turn(
+        functions, device, rounds, calls))
+    assert command(*TINY, "--benchmark", "--model", "vit", "vitdiff", "--seed", "0", "1", "--runs-dir", tmp_path) == 0
+    with open(tmp_path / "benchmark.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["seeds"], row["compiled"]) for row in rows] == [
+        ("vit", "1", "False"), ("vit", "2", "False"), ("vitdiff", "1", "False"), ("vitdiff", "2", "False")]
+    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs, and twice that again in the backward pass
+    attention = tokens * dim * 3 * dim + 2 * 2 * tokens * 4 + dim * dim
+    products = 3 * (attention + 2 * dim * 16 + dim * 16 + 16 * 10) + 2 * 4 * 196 * dim  # no gradient of the images
+    assert int(rows[0]["training_flops_per_image"]) == 2 * products
+    for row in rows:
+        images_per_second = int(row["seeds"]) * 1000 / 0.02
+        expected = dict(ms_per_step=20, images_per_second=images_per_second, epoch_seconds=55_000 / 50_000,
+                        evaluation_images_per_second=10_000, peak_gflops=100,
+                        share_of_peak=images_per_second * int(row["training_flops_per_image"]) / 1e11)
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert float(row["ms_low"]) <= 20 <= float(row["ms_high"])
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "benchmark.md").read_text() and "| vitdiff, mnist | 2 | no | 20.00 |" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}  # nothing is trained
+
+
+def test_timing_waits_for_what_it_times():
+    slow, quick = lambda: time.sleep(0.02), lambda: None
+    first, second = train.time_in_turn([slow, quick], CPU, rounds=2, calls=3)
+    assert len(first) == len(second) == 4 and min(first) >= 0.02 > min(second)
+
+
+def test_growth_finds_exponents(tmp_path, monkeypatch, capsys):
+    """With a clock by which a step takes the square of its batch, and the memory as it is: about linear in it."""
+    monkeypatch.setattr(train, "GROWTH", dict(batch_size=[500, 1000, 2000], patch_size=[14, 7]))
+    monkeypatch.setattr(train, "time_in_turn", lambda functions, device, rounds, calls: [
+        [1e-6 * 500**2], [1e-6 * 1000**2], [1e-6 * 2000**2], [1.0], [10.0]])
+    assert command(*TINY, "--benchmark", "growth", "--model", "vit", "--runs-dir", tmp_path) == 0
+    with open(tmp_path / "growth.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["size"], row["value"]) for row in rows] == [
+        ("batch_size", "500"), ("batch_size", "1000"), ("batch_size", "2000"), ("tokens", "5"), ("tokens", "17")]
+    lines = capsys.readouterr().out.splitlines()
+    assert "| batch_size | vit, mnist | 500, 1000, 2000 | 250.0, 1000.0, 4000.0 | 2.00 |" in lines[2]
+    assert f"| 1000.0, 10000.0 | {math.log(10) / math.log(17 / 5):.2f} |" in lines[3]
+    memory = [float(row["peak_megabytes"]) for row in rows]
+    assert memory[1] > 1000 * 28 * 28 * 4 / 2**20 and 0.9 < math.log(memory[2] / memory[0]) / math.log(4) < 1.1
 
 
 def test_other_settings_in_a_run_folder_are_refused_and_named(finished, tmp_path, capsys):
@@ -912,6 +1158,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
     (["--device", "cuda:99"], ["--device cuda:99 is not there", "--device auto"]),
     (["--device", "gpu"], ["--device gpu is not there"]),
     (["--nonsense"], ["--nonsense"]),
+    (["--stack", "0"], ["--stack: '0' is not a whole number of at least 1"]),
+    (["--benchmark", "all"], ["--benchmark", "steps", "growth"]),
     (["@missing.txt"], ["missing.txt", "No such file"]),
     (["@data"], ["data", "directory"]),
     (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["an @file does not hold flags"]),

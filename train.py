@@ -522,13 +522,12 @@ def show_seed(stack, row):
         stack.model.get_parameter(name).data = weight[row]
 
 
-def run_stack(stack, weights, images):
-    """Each seed's model on its own images: (S, B, C, H, W) -> logits (S, B, num_classes). The weights are a list in the
-    stack's order; those of a single seed have no dimension S, and its model is not mapped."""
-    def run(weights, own):
-        return functional_call(stack.model, weights, (own,))
+def map_model(model, weights, images):
+    """The model with each seed's weights, {name: (S, *shape)}, on its own images (S, B, C, H, W) -> logits (S, B, classes).
+    Weights of a single seed come without the dimension S, and the model is not mapped."""
+    def run(own, images):
+        return functional_call(model, own, (images,))
 
-    weights = dict(zip(stack.weights, weights))
     if len(images) == 1:
         return run(weights, images[0]).unsqueeze(0)
     return torch.vmap(run, randomness="different")(weights, images)
@@ -546,7 +545,7 @@ def make_step(stack, split, settings):
 
     def measure(weights, images, labels, share, scale):  # images (S, B, C, H, W), labels (S, B); each counts `share`
         with torch.autocast(**amp):
-            logits = run_stack(stack, weights, images)
+            logits = map_model(stack.model, dict(zip(stack.weights, weights)), images)
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
                                      label_smoothing=settings["label_smoothing"]).view_as(labels).sum(1) * share
         return scale * losses.sum(), (losses, (logits.argmax(2) == labels).sum(1))
@@ -1035,14 +1034,21 @@ def print_summary(folder):
     print(f"{figures}  {folder}", flush=True)
 
 
-def pick_stack_size(args, settings):
-    """How many seeds at most to train side by side."""
+def why_alone(settings):
+    """Why seeds of this model cannot be trained side by side, or None where they can."""
+    if settings["amp"] == "float16":
+        return "they would share the scale of their float16 gradients"
+    dataset = DATASETS[settings["dataset"]]
     with torch.device("meta"):
         model = make_model(settings)
-    if settings["amp"] == "float16" or list(model.buffers()) or not all(
-            parameter.requires_grad for parameter in model.parameters()):
-        return 1  # else the seeds would share the scale of their gradients, or what is no trained parameter
-    return args.stack or len(args.seed)
+        weights = {name: torch.empty(2, *parameter.shape) for name, parameter in model.named_parameters()}
+        images = torch.empty(2, 1, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
+        if list(model.buffers()) or not all(parameter.requires_grad for parameter in model.parameters()):
+            return "they would share what is no trained parameter"
+        try:
+            map_model(model, weights, images)
+        except RuntimeError as error:
+            return f"the model cannot be mapped over them: {first_line(error)}"
 
 
 def plan_stacks(args, device):
@@ -1053,7 +1059,11 @@ def plan_stacks(args, device):
     plan, seeds = [], list(dict.fromkeys(args.seed))
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device)
-        facts, size = measure_model(settings), pick_stack_size(args, settings)
+        facts, size = measure_model(settings), args.stack or len(seeds)
+        reason = why_alone(settings) if min(size, len(seeds)) > 1 else None
+        if reason:
+            print(f"{model}: seeds are trained one after the other ({reason})", flush=True)
+            size = 1
         plan += [(settings, facts, {seed: args.runs_dir / f"{dataset}-{model}-seed{seed}" for seed in part})
                  for part in (seeds[i:i + size] for i in range(0, len(seeds), size))]
     return plan
@@ -1304,8 +1314,6 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             problem = "out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger --patch-size"
-        elif "vmap" in str(error):
-            problem = f"the model cannot be mapped over seeds ({first_line(error)}): give --stack 1"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = (f"--compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++, on "
                        "CUDA Triton; leave it out")

@@ -33,6 +33,8 @@ import sys
 import tempfile
 import time
 import urllib.error
+import warnings
+import weakref
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -236,6 +238,8 @@ import torch
 from torch import distributed
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -440,8 +444,8 @@ def orthogonalize(matrices, steps=5):
 class Muon(torch.optim.Optimizer):
     """Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of many seeds at once.
 
-    The one parameter is (S, P): in each row a seed's matrices, of the given shapes, one after the other. torch.optim.Muon
-    does the same to single matrices, in bfloat16, and takes ten times as long.
+    The one parameter is (S, P): in each row a seed's matrices, of the given shapes, one after the other.
+    torch.optim.Muon does the same to single matrices, one by one and in bfloat16, and takes several times as long.
     """
 
     def __init__(self, params, shapes, lr, weight_decay, momentum=0.95):
@@ -471,9 +475,11 @@ Stack = namedtuple("Stack", "model weights flats optimizers scaler")
 
 
 def sort_parameters(model, optimizer):
-    """The names of a model's parameters by how they are trained: {"muon": [...], "decayed": [...], "rest": [...]}."""
+    """The names of the parameters to train by how they are: {"muon": [...], "decayed": [...], "rest": [...]}."""
     parts = dict(muon=[], decayed=[], rest=[])
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name:
             parts["rest"].append(name)
         elif name.startswith("blocks.") and parameter.ndim == 2 and optimizer == "muon":
@@ -558,18 +564,22 @@ def make_step(stack, split, settings):
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return join(gradients), losses.detach(), correct
 
-    @functools.partial(torch.compile, dynamic=False)
-    def differentiate_compiled(*batch):  # forward and backward pass are one graph this way, and two by autograd
+    def differentiate_at_once(*batch):  # forward and backward pass are one graph to the compiler, by autograd two
         gradients, (_, (losses, correct)) = grad_and_value(measure, has_aux=True)(weights, *batch)
         return join(gradients), losses, correct
+
+    differentiate_whole = differentiate  # a whole batch; the last one of an epoch may be smaller, not worth compiling
+    if settings["compile"]:
+        # A copy of the code for each stack: torch.compile gives up after compiling the same code for 8 of them.
+        differentiate_at_once.__code__ = differentiate_at_once.__code__.replace()
+        differentiate_whole = torch.compile(differentiate_at_once, dynamic=False)
 
     def step(index, noise):
         batch = index.shape[1]
         index, noise = (part.tensor_split(processes, dim=1)[rank] for part in (index, noise))
         pixels = augment(split.images[index.flatten()].float(), noise.flatten(0, 1), settings)
         images, labels = normalize(pixels, settings["dataset"]).unflatten(0, index.shape), split.labels[index]
-        is_compiled = settings["compile"] and batch == settings["batch_size"]  # not anew for the last, smaller one
-        gradient, losses, correct = (differentiate_compiled if is_compiled else differentiate)(
+        gradient, losses, correct = (differentiate_whole if batch == settings["batch_size"] else differentiate)(
             images, labels, 1 / batch, stack.scaler.scale(one))
         if processes > 1:
             for tensor in (gradient, losses, correct):
@@ -598,6 +608,7 @@ def captured(step, batch_size):
     The first three run as they are, on a stream of their own, and so does any smaller batch: memory that is
     allocated or code that is compiled when first needed must be there before a graph is captured.
     """
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # in those three
     stream, graph, whole_batches, inputs, outputs = torch.cuda.Stream(), None, 0, None, None
 
     def run(*tensors):
@@ -1034,6 +1045,10 @@ def print_summary(folder):
     print(f"{figures}  {folder}", flush=True)
 
 
+def name_device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
 def why_alone(settings):
     """Why seeds of this model cannot be trained side by side, or None where they can."""
     if settings["amp"] == "float16":
@@ -1104,8 +1119,7 @@ def train_all(args):
     splits = {}
     plan, names = from_first(prepare)
     splits = splits or {name: load_splits(name, args.data_dir, device) for name in names}
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = dict(device_name=device_name, torch=torch.__version__, git_commit=git_commit())
+    machine = dict(device_name=name_device(device), torch=torch.__version__, git_commit=git_commit())
     for settings, facts, folders in plan:
         with contextlib.ExitStack() as locks:
             for checkpoints in from_first(lambda: begin_stack(args, settings, folders, locks)):
@@ -1176,6 +1190,31 @@ def measure_training_flops(settings):
     return counter.get_total_flops()
 
 
+class TensorMemory(TorchDispatchMode):
+    """While it is entered, `peak` is the most bytes that new tensors have taken at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.now, self.peak = {}, 0, 0  # bytes: {address of a storage: its size, 0 if it is not new}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count((args, kwargs), is_new=False)
+        result = func(*args, **(kwargs or {}))
+        self.count(result, is_new=True)
+        return result
+
+    def count(self, tensors, is_new):
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self.bytes:
+                self.bytes[storage._cdata] = storage.nbytes() * is_new
+                self.now += self.bytes[storage._cdata]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, address):
+        self.now -= self.bytes.pop(address)
+
+
 def peak_memory(function, device):
     """The most bytes that tensors take while the function runs, above what they took before."""
     if device.type == "cuda":
@@ -1183,15 +1222,17 @@ def peak_memory(function, device):
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with TensorMemory() as memory:
         function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return memory.peak
 
 
 def write_benchmark(args, name, rows, table):
     """Write the rows as CSV and the table as Markdown into --runs-dir, and print the table."""
     args.runs_dir.mkdir(parents=True, exist_ok=True)
+    device = pick_device(args.device)
+    machine = dict(device_name=name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    rows = [row | machine for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()

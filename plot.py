@@ -33,7 +33,8 @@ MODELS = ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]  # the o
 STYLES = [dict(color=color, linestyle=dashes, marker=marker) for color, dashes, marker in [
     ("#000000", "-", "o"), ("#E69F00", (0, (6, 2)), "s"), ("#0072B2", "-", "^"), ("#D55E00", (0, (4, 1, 1, 1)), "D"),
     ("#009E73", (0, (1, 1)), "v"), ("#CC79A7", (0, (3, 1)), "P"), ("#56B4E9", (0, (8, 1, 1, 1)), "X")]]
-FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_commit", "stack", "processes"}  # of config.json; not settings
+FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_commit", "stack",
+         "processes"}  # of config.json; not settings
 SIZES = {"dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "patch_norm", "qkv_bias"}  # a model's own
 FIGURES = ["parameters", "val_loss", "test_loss", "test_accuracy", "milliseconds_per_step"]  # needed of summary.json
 # Student's t of a 95% interval for 1 to 30 degrees of freedom; the last serves for more, and is 4% too wide at most.

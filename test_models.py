@@ -822,7 +822,8 @@ def test_cuda_graphs_and_compiled_steps_have_the_losses_of_plain_ones(tmp_path, 
     for flag in ("--compile", "--no-compile"):
         assert command(*flags, flag, "--seed", *seeds, "--runs-dir", tmp_path / flag) == 0
     for seed in seeds:
-        first, second = (parted(tmp_path / flag / f"mnist-vitdiff-seed{seed}") for flag in ("--compile", "--no-compile"))
+        first, second = (parted(tmp_path / flag / f"mnist-vitdiff-seed{seed}")
+                         for flag in ("--compile", "--no-compile"))
         torch.testing.assert_close(first[:, 3], second[:, 3], rtol=0, atol=1e-4)
 
 
@@ -1005,18 +1006,14 @@ def test_processes_together_say_what_is_wrong(tmp_path):
 
 def test_benchmark_times_whole_steps(tmp_path, monkeypatch, capsys):
     """With a clock that gives every call of a step 20 ms, of an evaluation 500 ms and of the product its own time."""
-    calls = []
+    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4])
 
-    def time_in_turn(functions, device, rounds, calls_):
+    def time_in_turn(functions, device, rounds, calls):
         for function in functions:
             function()
-        calls.append(len(functions))
-        seconds = [0.02] * 4 if len(calls) == 1 else [0.5] * 4
-        return [[0.9 * value, value, value, 1.1 * value] for value in seconds] + (
-            [[2 * 2048**3 / 1e11]] if len(calls) == 1 else [])
+        return next(clock)
 
-    monkeypatch.setattr(train, "time_in_turn", lambda functions, device, rounds, calls: time_in_turn(
-        functions, device, rounds, calls))
+    monkeypatch.setattr(train, "time_in_turn", time_in_turn)
     assert command(*TINY, "--benchmark", "--model", "vit", "vitdiff", "--seed", "0", "1", "--runs-dir", tmp_path) == 0
     with open(tmp_path / "benchmark.csv") as file:
         rows = list(csv.DictReader(file))
@@ -1028,13 +1025,14 @@ def test_benchmark_times_whole_steps(tmp_path, monkeypatch, capsys):
     assert int(rows[0]["training_flops_per_image"]) == 2 * products
     for row in rows:
         images_per_second = int(row["seeds"]) * 1000 / 0.02
-        expected = dict(ms_per_step=20, images_per_second=images_per_second, epoch_seconds=55_000 / 50_000,
+        expected = dict(ms_per_step=20, ms_per_seed=20 / int(row["seeds"]), share_of_alone=1 / int(row["seeds"]),
+                        images_per_second=images_per_second, epoch_seconds=55_000 / 50_000,
                         evaluation_images_per_second=10_000, peak_gflops=100,
                         share_of_peak=images_per_second * int(row["training_flops_per_image"]) / 1e11)
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
         assert float(row["ms_low"]) <= 20 <= float(row["ms_high"])
     out = capsys.readouterr().out
-    assert out == (tmp_path / "benchmark.md").read_text() and "| vitdiff, mnist | 2 | no | 20.00 |" in out
+    assert out == (tmp_path / "benchmark.md").read_text() and "| vitdiff, mnist | 2 | no | 20.0 (" in out
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}  # nothing is trained
 
 
@@ -1357,6 +1355,17 @@ def test_plot_names_what_it_skips_and_needs_neither_torch_nor_data(tmp_path):
         "mnist-val-loss.svg", "mnist-val-accuracy.svg", "mnist-table.md"}
     xml.etree.ElementTree.parse(tmp_path / "out/mnist-val-loss.svg")
     assert (tmp_path / "out/mnist-table.md").read_text() in process.stdout
+
+
+@pytest.mark.parametrize("name", ["benchmark", "growth"])
+def test_readme_has_the_benchmarks_as_they_were_written(name):
+    with open(HERE / f"runs/reference/{name}.csv") as file:
+        milliseconds = [float(row["ms_per_step"]) for row in csv.DictReader(file)]
+    table = (HERE / f"runs/reference/{name}.md").read_text()
+    assert table in (HERE / "README.md").read_text()
+    shown = [float(value) for line in table.splitlines()[2:]
+             for value in re.findall(r"[\d.]+", line.split("|")[4])][::3 if name == "benchmark" else 1]
+    assert shown == pytest.approx(milliseconds, abs=0.051)
 
 
 def test_readme_tables_are_those_of_the_reference_runs():

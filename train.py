@@ -248,13 +248,17 @@ from vit import MODELS, ViT, build_model
 Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,)
 
 
+def started_by_torchrun():
+    return distributed.is_available() and distributed.is_torchelastic_launched()
+
+
 def process_rank():
-    """The number of this process among those that torchrun started, from 0; 0 without torchrun."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    """The number of this process among those that torchrun connected, from 0; 0 without torchrun."""
+    return distributed.get_rank() if started_by_torchrun() and distributed.is_initialized() else 0
 
 
 def process_count():
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if started_by_torchrun() and distributed.is_initialized() else 1
 
 
 @contextlib.contextmanager
@@ -529,8 +533,8 @@ def show_seed(stack, row):
 
 
 def map_model(model, weights, images):
-    """The model with each seed's weights, {name: (S, *shape)}, on its own images (S, B, C, H, W) -> logits (S, B, classes).
-    Weights of a single seed come without the dimension S, and the model is not mapped."""
+    """The model with each seed's weights, {name: (S, *shape)}, on its own images: (S, B, C, H, W) -> logits (S, B,
+    num_classes). Weights of a single seed come without the dimension S, and the model is not mapped."""
     def run(own, images):
         return functional_call(model, own, (images,))
 
@@ -712,8 +716,7 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    together = distributed.is_available() and distributed.is_torchelastic_launched()
-    if together and name == "cuda":
+    if started_by_torchrun() and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -724,7 +727,7 @@ def pick_device(name):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if together:
+    if started_by_torchrun():
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"torchrun does not work on {device.type}: give --device cpu")
         if device.type == "cuda":
@@ -915,7 +918,7 @@ def read_checkpoints(folders):
         if (folder / "last.pt").exists():
             with reading(folder / "last.pt") as last:
                 checkpoints[seed] = dict(last, rows=list(last["rows"]))
-    furthest = max(len(last["rows"]) for last in checkpoints.values())
+    furthest = max((len(last["rows"]) for last in checkpoints.values()), default=0)
     for seed, folder in folders.items():
         if len(checkpoints[seed]["rows"]) < furthest:
             with contextlib.suppress(Exception):  # no partial file, or no whole one: then this seed is just behind
@@ -949,7 +952,7 @@ def load_stack(stack, checkpoints, folders):
 
 
 def train_stack(folders, settings, facts, checkpoints, splits, device):
-    """Train runs that differ in their seed alone, {seed: folder}, from these checkpoints to their end, and test them."""
+    """Train runs that differ in their seed alone, {seed: folder}, from these checkpoints to their end; test them."""
     seeds = list(checkpoints)
     rows, best = ({seed: last[key] for seed, last in checkpoints.items()} for key in ("rows", "best"))
     done = len(rows[seeds[0]])
@@ -1099,8 +1102,7 @@ def begin_stack(args, settings, folders, locks):
             (folder / name).unlink(missing_ok=True)
             partial_of(folder / name).unlink(missing_ok=True)
     parts = {}
-    left = {seed: folder for seed, folder in folders.items() if not is_finished(folder, settings | dict(seed=seed))}
-    for seed, last in read_checkpoints(left).items() if left else []:
+    for seed, last in read_checkpoints(unfinished(args, settings, folders)).items():
         parts.setdefault(len(last["rows"]), {})[seed] = last
     return list(parts.values())
 
@@ -1126,6 +1128,8 @@ def train_all(args):
                 train_stack(folders, settings, facts | machine, checkpoints, splits[settings["dataset"]], device)
         for folder in folders.values() if process_rank() == 0 else []:
             print_summary(folder)
+    if process_count() > 1:
+        distributed.destroy_process_group()
 
 
 def evaluate_again(args):
@@ -1267,22 +1271,24 @@ def benchmark_steps(args):
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, rounds=10, calls=16)
-    peak = 2 * side**3 / statistics.median(products)
+    peak, alone = 2 * side**3 / statistics.median(products), {}
     for row, training, evaluation in zip(rows, trainings, time_in_turn(evaluations, device, rounds=3, calls=3)):
         low, *_, high = statistics.quantiles(training, n=10)
-        images_per_second = row["seeds"] * row["batch_size"] / statistics.median(training)
+        milliseconds = 1e3 * statistics.median(training)
+        images_per_second = 1e3 * row["seeds"] * row["batch_size"] / milliseconds
         row.update(
-            ms_per_step=1e3 * statistics.median(training), ms_low=1e3 * low, ms_high=1e3 * high,
+            ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
+            share_of_alone=milliseconds / row["seeds"] / alone.setdefault((row["dataset"], row["model"]), milliseconds),
             images_per_second=images_per_second,
             epoch_seconds=row["seeds"] * len(splits[row["dataset"]]["train"].labels) / images_per_second,
             evaluation_images_per_second=VALIDATION_SIZE / statistics.median(evaluation),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
     write_benchmark(args, "benchmark", rows, markdown(
-        ["model, data set", "seeds", "compiled", "ms a step", "10% to 90%", "ms a seed", "images/s", "s an epoch",
-         "MFLOPs an image", "of the peak", "evaluated images/s", "first step, s"],
-        [[f"{row['model']}, {row['dataset']}", str(row["seeds"]), "yes" if row["compiled"] else "no",
-          f"{row['ms_per_step']:.2f}", f"{row['ms_low']:.2f} to {row['ms_high']:.2f}",
-          f"{row['ms_per_step'] / row['seeds']:.2f}", f"{row['images_per_second']:,.0f}", f"{row['epoch_seconds']:.1f}",
+        ["model, data set", "seeds", "compiled", "ms a step (10% to 90%)", "ms a seed", "of one alone", "images/s",
+         "s an epoch", "MFLOPs an image", "of the peak", "images/s evaluated", "s to the first step"],
+        [[f"{row['model']}, {row['dataset']}", f"{row['seeds']}", "yes" if row["compiled"] else "no",
+          f"{row['ms_per_step']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})", f"{row['ms_per_seed']:.2f}",
+          f"{row['share_of_alone']:.2f}", f"{row['images_per_second']:,.0f}", f"{row['epoch_seconds']:.1f}",
           f"{row['training_flops_per_image'] / 1e6:.2f}", f"{row['share_of_peak']:.1%}",
           f"{row['evaluation_images_per_second']:,.0f}", f"{row['first_step_seconds']:.1f}"] for row in rows]))
 
@@ -1340,7 +1346,7 @@ def main(argv=None):
     args = parse_flags(argv)
     keep_freed_memory()
     try:
-        if (args.eval or args.benchmark) and distributed.is_available() and distributed.is_torchelastic_launched():
+        if (args.eval or args.benchmark) and started_by_torchrun():
             raise UserError("--eval and --benchmark take one process: leave out torchrun")
         if args.eval:
             evaluate_again(args)
@@ -1354,7 +1360,8 @@ def main(argv=None):
         problem = f"{error}: nothing written before is lost; put it right and run the same command again to go on"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            problem = "out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger --patch-size"
+            problem = ("out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger "
+                       "--patch-size")
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = (f"--compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++, on "
                        "CUDA Triton; leave it out")

@@ -647,6 +647,16 @@ def test_a_seed_in_a_stack_is_the_seed_alone(mnist, monkeypatch, model, optimize
     assert (losses[0][0] - losses[0][1]).abs().max() > 0.01  # and not of one another
 
 
+def test_seeds_of_a_stack_drop_out_each_on_its_own():
+    torch.manual_seed(0)
+    model, images = build_model("vit", dropout=0.5), torch.randn(1, 4, 1, 28, 28).expand(2, -1, -1, -1, -1)
+    weights = {name: parameter.detach().expand(2, *parameter.shape) for name, parameter in model.named_parameters()}
+    first, second = train.map_model(model, weights, images)
+    assert not torch.equal(first, second)
+    first, second = train.map_model(model.eval(), weights, images)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("model, seeds", [("vit", [0]), ("vitdiff", [0, 1])])
 def test_compiled_and_not_the_losses_agree(mnist, model, seeds):
@@ -991,6 +1001,7 @@ def test_two_processes_give_the_losses_of_one_and_a_dead_one_takes_the_run_down_
         two, one = (tmp_path / runs / f"mnist-vitdiff-seed{seed}" for runs in ("two", "one"))
         assert json.loads((two / "config.json").read_text())["processes"] == 2
         torch.testing.assert_close(parted(two)[:, 3], parted(one)[:, 3], rtol=0, atol=1e-4)  # train_loss
+        torch.testing.assert_close(parted(two)[:, 4], parted(one)[:, 4], rtol=0, atol=1e-3)  # train_accuracy
         torch.testing.assert_close(parted(two)[:, 5], parted(one)[:, 5], rtol=0, atol=1e-4)  # val_loss
 
 

@@ -932,6 +932,7 @@ def test_seeds_that_are_not_equally_far_go_on_as_they_are_and_finished_ones_are_
         with pytest.raises(ZeroDivisionError):
             command(*STACK, "--seed", "2", "--runs-dir", tmp_path)
     (tmp_path / "mnist-vitdiff-seed0").mkdir()
+    torch.save(dict(rows=[]), tmp_path / "mnist-vitdiff-seed0/.last.pt.partial")  # whole, but of another epoch
     (tmp_path / "mnist-vitdiff-seed2/.last.pt.partial").write_bytes(b"cut off")
     capsys.readouterr()
     assert command(*STACK, "--runs-dir", tmp_path) == 0
@@ -963,8 +964,14 @@ def test_seeds_that_cannot_be_stacked_are_trained_one_after_the_other(tmp_path, 
             ("one", "vit", ["--stack", "1"], 1, ""), ("two", "vit", ["--stack", "2"], 2, ""),
             ("half", "vit", ["--amp", "float16"], 1, "vit: seeds are trained one after the other (they would share"),
             ("buffer", "vitfixed", [], 1, "no trained parameter"), ("inplace", "vitinplace", [], 1, "be mapped")]:
+        start = time.perf_counter()
         assert command(*flags, "--model", model, *more, "--runs-dir", tmp_path / runs) == 0
-        out = capsys.readouterr().out
+        elapsed, out = time.perf_counter() - start, capsys.readouterr().out
+        summaries = [json.loads(path.read_text()) for path in (tmp_path / runs).glob("*/summary.json")]
+        assert sum(summary["seconds"] for summary in summaries) < elapsed  # of a stack, each has its share
+        for summary in summaries:
+            assert summary["train_seconds"] < summary["seconds"]
+            assert summary["train_seconds"] == pytest.approx(55_000 / summary["images_per_second"])
         assert stack(runs, model) == size and why in out and ("one after the other" in out) == bool(why)
 
 
@@ -1051,6 +1058,18 @@ def test_timing_waits_for_what_it_times():
     slow, quick = lambda: time.sleep(0.02), lambda: None
     first, second = train.time_in_turn([slow, quick], CPU, rounds=2, calls=3)
     assert len(first) == len(second) == 4 and min(first) >= 0.02 > min(second)
+
+
+def test_peak_memory_is_the_most_that_new_tensors_take_at_a_time():
+    old = torch.zeros(2**20)
+
+    def function():
+        first = torch.empty(2**18)  # 1 MB
+        second = torch.cat([first, first]).view(2, -1)  # 2 MB
+        del first
+        return second + old[:2].view(2, 1)  # 2 MB
+
+    assert train.peak_memory(function, CPU) == 4 * 2**20
 
 
 def test_growth_finds_exponents(tmp_path, monkeypatch, capsys):

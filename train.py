@@ -651,18 +651,20 @@ def set_rates(optimizers, factor):
             group["lr"].fill_(factor * group["peak_lr"])
 
 
-def draw_epoch(seed, epoch, count):
-    """A seed's order of the images (N,) and their noise (N, 7), from -1 to 1, in an epoch counted from 1."""
-    generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
-    return torch.randperm(count, generator=generator), 2 * torch.rand(count, 7, generator=generator) - 1
+def draw_epoch(seeds, epoch, split):
+    """Each seed's order of the images (S, N) and their noise (S, N, 7), from -1 to 1, in an epoch counted from 1."""
+    count, draws = len(split.labels), []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
+        draws.append((torch.randperm(count, generator=generator), 2 * torch.rand(count, 7, generator=generator) - 1))
+    return [torch.stack(part).to(split.labels.device) for part in zip(*draws)]
 
 
 def train_epoch(stack, step, seeds, split, settings, epoch):
     """One pass over the training split by `step` of make_step; epoch counts from 1. Returns, on the CPU, the losses
     (S, steps), each batch's share of the split (steps,), the accuracies (S,) and the last factor of the rates."""
     device, count, batch_size = split.labels.device, len(split.labels), settings["batch_size"]
-    order, noise = (torch.stack(draws).to(device)
-                    for draws in zip(*(draw_epoch(seed, epoch, count) for seed in seeds)))
+    order, noise = draw_epoch(seeds, epoch, split)
     torch.manual_seed(mix_seed(*seeds, epoch, "dropout") + process_rank())
     steps = math.ceil(count / batch_size)
     losses, correct = torch.empty(len(seeds), steps, device=device), torch.zeros_like(order[:, 0])
@@ -764,13 +766,18 @@ def make_model(settings):
                        num_classes=NUM_CLASSES, **{name: settings[name] for name in SIZE_FLAGS})
 
 
+def empty_images(settings, *batch):
+    """Images (*batch, C, H, W) of the run's data set, of no content."""
+    dataset = DATASETS[settings["dataset"]]
+    return torch.empty(*batch, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
+
+
 def measure_model(settings):
     """The model's parameters and the FLOPs of its forward pass for an image, without memory or arithmetic."""
-    dataset = DATASETS[settings["dataset"]]
     try:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             model = make_model(settings)
-            model(torch.empty(1, dataset["in_channels"], dataset["image_size"], dataset["image_size"]))
+            model(empty_images(settings, 1))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{settings['model']} on {settings['dataset']}: {first_line(error)}") from None
     return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -791,8 +798,8 @@ def git_commit():
 def write_together(contents):
     """Write files, {path: bytes}, each whole or not at all: a reader, or a run killed meanwhile, never sees a part.
 
-    All are written under other names before the first gets its own, so a kill leaves none, or all that `finish_write`
-    completes.
+    All are written under other names before the first gets its own, so that `read_checkpoints` can complete what a kill
+    between the renames has left.
     """
     try:
         for path, content in contents.items():
@@ -864,10 +871,14 @@ def write_args(path, settings):
 def write_metrics(path, rows):
     """rows: a dict of numbers for each epoch; the file's columns are the keys."""
     formats = dict(lr="{:.8g}", seconds="{:.3f}", images_per_second="{:.0f}", epoch="{}", step="{}")
+    write_csv(path, [{name: formats.get(name, "{:.6f}").format(value) for name, value in row.items()} for row in rows])
+
+
+def write_csv(path, rows):
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: formats.get(name, "{:.6f}").format(value) for name, value in row.items()} for row in rows)
+    writer.writerows(rows)
     write_whole(path, table.getvalue())
 
 
@@ -1056,15 +1067,13 @@ def why_alone(settings):
     """Why seeds of this model cannot be trained side by side, or None where they can."""
     if settings["amp"] == "float16":
         return "they would share the scale of their float16 gradients"
-    dataset = DATASETS[settings["dataset"]]
     with torch.device("meta"):
         model = make_model(settings)
         weights = {name: torch.empty(2, *parameter.shape) for name, parameter in model.named_parameters()}
-        images = torch.empty(2, 1, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
         if list(model.buffers()) or not all(parameter.requires_grad for parameter in model.parameters()):
             return "they would share what is no trained parameter"
         try:
-            map_model(model, weights, images)
+            map_model(model, weights, empty_images(settings, 2, 1))
         except RuntimeError as error:
             return f"the model cannot be mapped over them: {first_line(error)}"
 
@@ -1151,8 +1160,7 @@ def make_contender(settings, seeds, splits, device):
     """A training step, and an evaluation of the validation split, as functions of nothing that can be timed."""
     stack = make_stack(settings, seeds, device)
     step = make_step(stack, splits["train"], settings)
-    order, noise = (torch.stack(draws).to(device) for draws in zip(
-        *(draw_epoch(seed, 1, len(splits["train"].labels)) for seed in seeds)))
+    order, noise = draw_epoch(seeds, 1, splits["train"])
     size = settings["batch_size"]
     batches = itertools.cycle([batch for batch in zip(order.split(size, 1), noise.split(size, 1))
                                if batch[0].shape[1] == size])
@@ -1187,10 +1195,8 @@ def time_in_turn(functions, device, rounds, calls):
 
 def measure_training_flops(settings):
     """FLOPs of the forward and backward pass of an image."""
-    dataset = DATASETS[settings["dataset"]]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        images = torch.empty(1, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
-        make_model(settings)(images).sum().backward()
+        make_model(settings)(empty_images(settings, 1)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -1231,18 +1237,13 @@ def peak_memory(function, device):
     return memory.peak
 
 
-def write_benchmark(args, name, rows, table):
+def write_benchmark(args, device, name, rows, table):
     """Write the rows as CSV and the table as Markdown into --runs-dir, and print the table."""
     args.runs_dir.mkdir(parents=True, exist_ok=True)
-    device = pick_device(args.device)
     machine = dict(device_name=name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
-    rows = [row | machine for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                     for row in rows)
-    write_whole(args.runs_dir / f"{name}.csv", text.getvalue())
+    write_csv(args.runs_dir / f"{name}.csv", [
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (row | machine).items()}
+        for row in rows])
     write_whole(args.runs_dir / f"{name}.md", table)
     print(table, end="")
 
@@ -1283,7 +1284,7 @@ def benchmark_steps(args):
             epoch_seconds=row["seeds"] * len(splits[row["dataset"]]["train"].labels) / images_per_second,
             evaluation_images_per_second=VALIDATION_SIZE / statistics.median(evaluation),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
-    write_benchmark(args, "benchmark", rows, markdown(
+    write_benchmark(args, device, "benchmark", rows, markdown(
         ["model, data set", "seeds", "compiled", "ms a step (10% to 90%)", "ms a seed", "of one alone", "images/s",
          "s an epoch", "MFLOPs an image", "of the peak", "images/s evaluated", "s to the first step"],
         [[f"{row['model']}, {row['dataset']}", f"{row['seeds']}", "yes" if row["compiled"] else "no",
@@ -1327,14 +1328,14 @@ def benchmark_growth(args):
         lines.append([key[0], f"{key[2]}, {key[1]}", ", ".join(f"{row['value']}" for row in group),
                       ", ".join(f"{row['ms_per_step']:.1f}" for row in group), f"{exponents[0]:.2f}",
                       ", ".join(f"{row['peak_megabytes']:.0f}" for row in group), f"{exponents[1]:.2f}"])
-    write_benchmark(args, "growth", rows, markdown(
+    write_benchmark(args, device, "growth", rows, markdown(
         ["what grows", "model, data set", "from, to", "ms a step", "exponent", "peak MB", "exponent"],
         sorted(lines, key=lambda line: list(GROWTH).index(line[0].replace("tokens", "patch_size")))))
 
 
 def keep_freed_memory():
-    """Have glibc keep the memory of one step for the next: to give it back and take it again costs up to a third of
-    a step in page faults."""
+    """Have glibc keep the memory of one step for the next: to give it back and take it again costs a stack up to
+    a fifth of its step in page faults."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

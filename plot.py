@@ -1,10 +1,11 @@
-"""Draw what train.py has recorded: charts and a table for each data set below a folder of runs.
+"""Draw what train.py has recorded: charts and tables for each data set below a folder of runs.
 
     python plot.py runs/
 
-Reads config.json, metrics.csv and summary.json of every finished run and nothing else; needs neither torch nor data.
-Runs that differ in their seed alone are one line, their mean. Writes DATASET-val-loss.png, DATASET-val-accuracy.png,
-DATASET-lambda.png and DATASET-table.md into the same folder.
+Reads config.json, metrics.csv and summary.json of every finished run, and noise.csv, attention.csv and attention.npz
+where they are; needs neither torch nor data. Runs that differ in their seed alone are one line, their mean. Writes into
+the same folder DATASET-table.md and DATASET-val-loss.png, -val-accuracy.png, -lambda.png, and of the analyses
+DATASET-noise-table.md, DATASET-attention-table.md and DATASET-noise.png, -relevance.png, -maps.png, -blocks.png.
 """
 
 import argparse
@@ -13,10 +14,12 @@ import json
 import math
 import statistics
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import numpy
 from matplotlib.figure import Figure
 
 # From NanoDiffVision's README, one run each: epochs and validation loss.
@@ -37,13 +40,51 @@ FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_c
          "processes"}  # of config.json; not settings
 SIZES = {"dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "patch_norm", "qkv_bias"}  # a model's own
 FIGURES = ["parameters", "val_loss", "test_loss", "test_accuracy", "milliseconds_per_step"]  # needed of summary.json
+# Of attention.csv, drawn or tabled.
+ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "signal_to_noise", "entropy", "negative_share", "lambda"]
 # Student's t of a 95% interval for 1 to 30 degrees of freedom; the last serves for more, and is 4% too wide at most.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 
+def read_rows(path):
+    """The rows of a CSV file as dicts, a number wherever a cell is one."""
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with open(path, newline="") as file:
+        return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
+
+
+def read_analysis(folder):
+    """What a run's analysis has written, as far as it has: noise {corruption: accuracies, one a severity}, attention
+    {condition: {block: {figure: its mean over the heads}}}, images (8, C, H, W) and maps, the class token's weights on
+    their patches in the last block, the mean of the heads (8, H / patch, W / patch)."""
+    analysis = {}
+    if (folder / "noise.csv").exists():
+        analysis["noise"] = defaultdict(list)
+        for row in sorted(read_rows(folder / "noise.csv"), key=lambda row: row["severity"]):
+            analysis["noise"][row["corruption"]].append(row["test_accuracy"])
+    if (folder / "attention.csv").exists():
+        heads = defaultdict(lambda: defaultdict(list))
+        for row in read_rows(folder / "attention.csv"):
+            heads[row["condition"]][int(row["block"])].append(row)
+        analysis["attention"] = {
+            condition: {block: {figure: statistics.fmean(row[figure] for row in rows) for figure in ATTENTION_FIGURES}
+                        for block, rows in blocks.items()} for condition, blocks in heads.items()}
+    if (folder / "attention.npz").exists():
+        with numpy.load(folder / "attention.npz") as arrays:
+            last = max((name for name in arrays if name.startswith("map_")), key=lambda name: int(name[4:]))
+            weights = arrays[last][:, :, 0, 1:].mean(1, dtype=float)
+            side = math.isqrt(weights.shape[1])
+            analysis |= dict(images=arrays["images"], maps=weights.reshape(-1, side, side))
+    return analysis
+
+
 def read_run(folder):
-    """A finished run's config and summary (dicts) and metrics (column: list of floats, one an epoch).
+    """A finished run's config and summary (dicts), metrics (column: list of floats, one an epoch) and analysis.
 
     Raises ValueError, which says what is wrong with it, for anything else.
     """
@@ -52,22 +93,22 @@ def read_run(folder):
         if not (folder / "summary.json").exists():
             raise ValueError("unfinished: run its command again to go on")
         summary = json.loads((folder / "summary.json").read_text())
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        metrics = {column: [float(row[column]) for row in rows] for column in rows[0]}
+        rows, analysis = read_rows(folder / "metrics.csv"), read_analysis(folder)
+        metrics = {column: [row[column] for row in rows] for column in rows[0]}
         right = (all(math.isfinite(summary[name]) for name in FIGURES)
                  and all(math.isfinite(value) for column in metrics.values() for value in column)
+                 and all(math.isfinite(value) for values in analysis.get("noise", {}).values() for value in values)
                  and {"val_loss", "val_accuracy"} <= metrics.keys()
                  and metrics["epoch"] == list(range(1, config["epochs"] + 1))
                  and isinstance(config["seed"], int) and isinstance(config["dataset"] + config["model"], str))
     except FileNotFoundError as error:
         raise ValueError(f"has no {Path(error.filename).name}") from None
     except (OSError, KeyError, IndexError, TypeError, AttributeError, csv.Error, json.JSONDecodeError,
-            UnicodeDecodeError) as error:
+            UnicodeDecodeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"damaged: {error!r}") from None
     if not right:
         raise ValueError("damaged: its figures are not finite, or not one row an epoch")
-    return config, metrics, summary
+    return config, metrics, summary, analysis
 
 
 def find_runs(root):
@@ -93,13 +134,14 @@ def group_runs(runs):
     never mistaken for a rival of the others. Returns also a line for each run left out because its group has that seed.
     """
     runs_of, skipped = defaultdict(dict), []  # {settings: {seed: run}}
-    for folder, config, metrics, summary in runs:
+    for folder, config, metrics, summary, analysis in runs:
         settings = {name: value for name, value in config.items() if name not in FACTS}
         seeds = runs_of[json.dumps(settings, sort_keys=True)]
         if config["seed"] in seeds:
             skipped.append(f"{folder}: same settings and seed as {seeds[config['seed']]['folder']}")
         else:
-            seeds[config["seed"]] = dict(folder=folder, settings=settings, metrics=metrics, summary=summary)
+            seeds[config["seed"]] = dict(folder=folder, settings=settings, metrics=metrics, summary=summary,
+                                          analysis=analysis)
     groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in runs_of.values()]
 
     def rank(members):
@@ -222,7 +264,7 @@ def draw_curves(title, panels, ylabel, number, styles, published=(), note="", sk
 
 
 def make_charts(dataset, groups, styles):
-    """{name: figure} of a data set."""
+    """{name: figure} of a data set's training."""
     models = dict.fromkeys(members[0]["settings"]["model"] for members in groups.values())
     published = {model: PUBLISHED[dataset, model][1] for model in models if (dataset, model) in PUBLISHED}
     epochs = max((PUBLISHED[dataset, model][0] for model in published), default=0)
@@ -243,6 +285,155 @@ def make_charts(dataset, groups, styles):
         charts["lambda"] = draw_curves(f"{dataset}: lambda, the weight of the second attention map", panels, "lambda",
                                        "{:.3f}".format, styles)
     return charts
+
+
+def with_analysis(groups, name):
+    """{label: runs}, of only those whose analysis has that part."""
+    kept = {label: [run for run in members if name in run["analysis"]] for label, members in groups.items()}
+    return {label: members for label, members in kept.items() if members}
+
+
+def readable(name):
+    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
+    words = name.split("_")
+    if len(words) > 1 and words[-1].isdigit():
+        return f"{' '.join(words[:-1])}, severity {words[-1]}"
+    return " ".join(words)
+
+
+def seeds_note(groups, what):
+    """`what`, where there are several seeds to show it of, or that there is one."""
+    return what if any(len(members) > 1 for members in groups.values()) else "one seed a model: no interval"
+
+
+def draw_noise(dataset, groups, styles):
+    """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
+    names = list(dict.fromkeys(name for members in groups.values() for name in members[0]["analysis"]["noise"]))
+    rows = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(11, 0.6 + 3.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    for axes, name in zip(panels.flat, names):
+        for label, members in groups.items():
+            columns = [[run["summary"]["test_accuracy"], *run["analysis"]["noise"][name]] for run in members]
+            means, deviations = mean_and_deviation(columns)
+            axes.plot(means, **styles[label], linewidth=1.5, markersize=4.5, label=label)
+            if len(members) > 1:
+                axes.fill_between(range(len(means)), [m - d for m, d in zip(means, deviations)],
+                                  [m + d for m, d in zip(means, deviations)], color=styles[label]["color"],
+                                  alpha=0.15, linewidth=0)
+        axes.set_title(readable(name), fontsize="medium")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        tidy(axes)
+    for axes in panels.flat[len(names):]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy")
+    for axes in panels[-1]:
+        axes.set_xlabel("severity (0: clean)")
+    figure.suptitle(f"{dataset}: trained without corruption, tested with it\n"
+                    + seeds_note(groups, "mean over seeds, band: one standard deviation"), fontsize="medium")
+    legend_below(figure)
+    return figure
+
+
+def tidy(axes):
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(figure, columns=5):
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False,
+                  fontsize="small")
+
+
+def draw_relevance(dataset, groups, styles):
+    """The share of the class token's weight on patches without the object: bars a condition and model, a panel a block."""
+    first = next(iter(groups.values()))[0]["analysis"]["attention"]
+    blocks = list(next(iter(first.values())))
+    figure = Figure(figsize=(11, 0.8 + 3 * len(blocks)), layout="constrained")
+    for axes, block in zip(figure.subplots(len(blocks), 1, sharex=True, sharey=True, squeeze=False).flat, blocks):
+        for place, (label, members) in enumerate(groups.items()):
+            offset = 0.8 * ((place + 0.5) / len(groups) - 0.5)
+            values = [[run["analysis"]["attention"][condition][block]["irrelevant_share"] for run in members]
+                      for condition in first]
+            axes.bar([i + offset for i in range(len(first))], [statistics.fmean(own) for own in values],
+                     0.8 / len(groups), color=styles[label]["color"], alpha=0.85, edgecolor="white", label=label,
+                     yerr=[confidence(own) for own in values] if len(members) > 1 else None, capsize=2)
+        for i, condition in enumerate(first):
+            uniform = first[condition][block]["uniform_share"]
+            axes.plot([i - 0.45, i + 0.45], [uniform] * 2, color="0.3", linestyle=(0, (4, 2)), linewidth=1.2,
+                      label="uniform attention" if i == 0 else None)
+        axes.set_title(f"block {block}", fontsize="medium")
+        axes.set_ylabel("share of its weight")
+        axes.set_xticks(range(len(first)), [readable(condition) for condition in first])
+        axes.tick_params(axis="x", length=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        tidy(axes)
+    figure.suptitle(f"{dataset}: the share of its absolute weight that the class token gives to patches without any of "
+                    "the object\nlower is better; mean of the heads over the test split; "
+                    + seeds_note(groups, "mean over seeds with its 95% interval"), fontsize="medium")
+    legend_below(figure, columns=6)
+    return figure
+
+
+def draw_maps(dataset, groups):
+    """The eight images, and under them each model's class-token map in the last block with the image's outline."""
+    runs = {label: members[0] for label, members in groups.items()}
+    images = next(iter(runs.values()))["analysis"]["images"]
+    figure = Figure(figsize=(11, 0.7 + 1.3 * (1 + len(runs))), layout="constrained")
+    rows = figure.subplots(1 + len(runs), len(images), squeeze=False)
+    for axes in rows.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color("0.8")
+    for axes, image in zip(rows[0], images):
+        axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray_r", vmin=0, vmax=255)
+    rows[0, 0].set_ylabel("image", fontsize="small")
+    for row, (label, run) in zip(rows[1:], runs.items()):
+        maps = run["analysis"]["maps"]
+        largest, size = abs(maps).max(), images.shape[-1]
+        for axes, image, weights in zip(row, images, maps):
+            shown = axes.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest,
+                                extent=(-0.5, size - 0.5, size - 0.5, -0.5))
+            axes.contour(image.max(0), levels=[80], colors="black", linewidths=0.6)
+        row[0].set_ylabel(label.replace(", ", "\n"), fontsize="small")
+        bar = figure.colorbar(shown, ax=row.tolist(), pad=0.01, aspect=8)
+        bar.ax.tick_params(labelsize="x-small")
+    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads, one seed\n"
+                    "red: positive, blue: negative, white: none; one scale a row; black: outline of the image",
+                    fontsize="medium")
+    return figure
+
+
+def draw_blocks(dataset, groups, styles):
+    """Entropy, share of negative weight and lambda of the class token's row by block: a row a figure, a column a
+    condition, clean and noisy."""
+    first = next(iter(groups.values()))[0]["analysis"]["attention"]
+    conditions = [next(iter(first)), *(name for name in first if name.startswith("gaussian"))]
+    titles = dict(entropy="entropy (nats)", negative_share="share of negative weight", **{"lambda": "lambda"})
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    for row, (name, title) in zip(figure.subplots(3, len(conditions), sharex=True, sharey="row", squeeze=False),
+                                  titles.items()):
+        for axes, condition in zip(row, conditions):
+            for label, members in groups.items():
+                blocks = members[0]["analysis"]["attention"][condition]
+                values = [[run["analysis"]["attention"][condition][block][name] for run in members] for block in blocks]
+                axes.errorbar(list(blocks), [statistics.fmean(own) for own in values],
+                              [confidence(own) for own in values] if len(members) > 1 else None, **styles[label],
+                              linewidth=1.5, markersize=5, capsize=2, label=label)
+            axes.set_xticks(list(blocks), [f"block {block}" for block in blocks])
+            axes.margins(x=0.15)
+            tidy(axes)
+        row[0].set_ylabel(title)
+        if name == "entropy":
+            for axes, condition in zip(row, conditions):
+                axes.set_title(readable(condition), fontsize="medium")
+    figure.suptitle(f"{dataset}: the class token's row of the attention maps, mean of the heads over the test split\n"
+                    + seeds_note(groups, "mean over seeds with its 95% interval"), fontsize="medium")
+    legend_below(figure)
+    return figure
 
 
 def confidence(values):
@@ -276,6 +467,63 @@ def write_table(dataset, groups):
     return "\n".join(lines) + "\n"
 
 
+def draw_analyses(dataset, groups, styles):
+    """{name: figure} of what the analyses of a data set's runs have found."""
+    noise, attention, maps = (with_analysis(groups, name) for name in ("noise", "attention", "maps"))
+    charts = {}
+    if noise:
+        charts["noise"] = draw_noise(dataset, noise, styles)
+    if attention:
+        charts["relevance"] = draw_relevance(dataset, attention, styles)
+        charts["blocks"] = draw_blocks(dataset, attention, styles)
+    if maps:
+        charts["maps"] = draw_maps(dataset, maps)
+    return charts
+
+
+def noise_table(dataset, groups):
+    """Mean corruption errors in Markdown: the mean over severities of the error, and its ratio to that of `vit`."""
+    names = list(next(iter(groups.values()))[0]["analysis"]["noise"])
+
+    def errors(run):  # of each corruption, then their mean
+        means = [1 - statistics.fmean(run["analysis"]["noise"][name]) for name in names]
+        return [*means, statistics.fmean(means)]
+
+    of_vit, _ = mean_and_deviation([errors(run) for run in groups["vit"]]) if "vit" in groups else (None, None)
+    lines = [f"## {dataset}: mean error over severities 1 to 5" + (" (ratio to that of vit)" if of_vit else ""), "",
+             f"| model | seeds | {' | '.join(map(readable, names))} | mean |", "|---" + "|---:" * (len(names) + 2) + "|"]
+    for label, members in groups.items():
+        columns = list(zip(*(errors(run) for run in members)))
+        cells = [f"{statistics.fmean(column):.1%}" for column in columns]
+        if len(members) > 1:
+            cells[-1] += f" ± {confidence(columns[-1]):.1%}"
+        if of_vit:
+            cells = [f"{cell} ({statistics.fmean(column) / base:.2f})"
+                     for cell, column, base in zip(cells, columns, of_vit)]
+        lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def attention_table(dataset, groups):
+    """The share of the class token's weight on irrelevant patches in the last block, and the ratio of relevant to
+    irrelevant weight per patch, in Markdown."""
+    first = next(iter(groups.values()))[0]["analysis"]["attention"]
+    last = max(next(iter(first.values())))
+    lines = [f"## {dataset}: attention to the irrelevant in block {last} (signal-to-noise ratio)", "",
+             f"| model | seeds | {' | '.join(map(readable, first))} |", "|---" + "|---:" * (len(first) + 1) + "|"]
+    for label, members in groups.items():
+        cells = []
+        for condition in first:
+            share, ratio = ([run["analysis"]["attention"][condition][last][name] for run in members]
+                            for name in ("irrelevant_share", "signal_to_noise"))
+            half = f" ± {confidence(share):.1%}" if len(members) > 1 else ""
+            cells.append(f"{statistics.fmean(share):.1%}{half} ({statistics.fmean(ratio):.2f})")
+        lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
+    uniform = [f"{blocks[last]['uniform_share']:.1%} (1.00)" for blocks in first.values()]
+    lines.append(f"| uniform attention | | {' | '.join(uniform)} |")
+    return "\n".join(lines) + "\n"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -301,10 +549,15 @@ def main(argv=None):
     try:
         out.mkdir(parents=True, exist_ok=True)
         for dataset, groups in datasets.items():
-            table = write_table(dataset, groups)
-            print(table)
-            (out / f"{dataset}-table.md").write_text(table)
-            for name, figure in make_charts(dataset, groups, styles).items():
+            tables = dict(table=write_table(dataset, groups))
+            for name, make_table in [("noise", noise_table), ("attention", attention_table)]:
+                if with_analysis(groups, name):
+                    tables[f"{name}-table"] = make_table(dataset, with_analysis(groups, name))
+            for name, table in tables.items():
+                print(table)
+                (out / f"{dataset}-{name}.md").write_text(table)
+            charts = make_charts(dataset, groups, styles) | draw_analyses(dataset, groups, styles)
+            for name, figure in charts.items():
                 path = out / f"{dataset}-{name}.{args.format}"
                 figure.savefig(path, facecolor="white", metadata={"CreationDate": None} if args.format == "pdf"
                                else {"Date": None} if args.format == "svg" else None)

@@ -46,14 +46,19 @@ except ImportError:  # on Windows, where nothing keeps two processes off the sam
 
 # What each data set is, and `defaults`, the flags whose default depends on it. Mean and deviation are those of the
 # training archive's pixels, from 0 to 1. Augmentation keeps the class: a mirrored garment is one, a mirrored digit not.
-DIGITS = dict(epochs=20, patch_size=7, rotation=12.0, scale=0.12, shear=0.12, shift=2.5, flip=False)
+DIGITS = dict(epochs=20, patch_size=7, distractors=0, rotation=12.0, scale=0.12, shear=0.12, shift=2.5, flip=False)
+# A cluttered data set: each image somewhere on a larger canvas, with fragments of others, as in Mnih et al. 2014
+# (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the image, not the canvas: the canvases
+# are new in every epoch, and without affine maps of the images on them `vit` learns faster.
+CLUTTER = dict(epochs=20, patch_size=6, distractors=4, rotation=0.0, scale=0.0, shear=0.0, shift=0.0)
 DATASETS = {
     "mnist": dict(
         source="MNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1307], std=[0.3081],
         defaults=DIGITS),
     "fashionmnist": dict(
         source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
-        defaults=dict(epochs=30, patch_size=7, rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True),
+        defaults=dict(epochs=30, patch_size=7, distractors=0, rotation=3.0, scale=0.05, shear=0.05, shift=0.5,
+                      flip=True),
         system_folder="/usr/share/datasets/fashion-mnist"),  # of Debian's package dataset-fashion-mnist
     "kmnist": dict(
         source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
@@ -61,17 +66,34 @@ DATASETS = {
     "cifar10": dict(
         source="CIFAR10", image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
-        defaults=dict(epochs=30, patch_size=4, rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True)),
+        defaults=dict(epochs=30, patch_size=4, distractors=0, rotation=0.0, scale=0.0, shear=0.0, shift=4.0,
+                      flip=True)),
+}
+DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(
+    image_size=60, object_size=28, mean=[mean], std=[std], defaults=DATASETS[name]["defaults"] | CLUTTER)
+    for name, mean, std in [("mnist", 0.0430, 0.1876), ("fashionmnist", 0.0879, 0.2391)]}
+FRAGMENT = 8  # pixels a side of what distracts on a canvas
+# How the images of a trained model's test are damaged, at severities 1 to 5: the same for every model and data set.
+# Impulse and shot noise are those of MNIST-C (Mu and Gilmer 2019, arXiv 1906.02337), by amounts of our own.
+CORRUPTIONS = {
+    "gaussian_noise": [0.04, 0.08, 0.12, 0.16, 0.2],  # deviation of what is added, of the way from black to white
+    "impulse_noise": [0.01, 0.03, 0.06, 0.1, 0.15],  # share of the pixels that turn black or white
+    "shot_noise": [30, 10, 4, 1.5, 0.5],  # photons that a white pixel has on average
+    "occlusion": [2, 4, 6, 8, 10],  # pixels a side of black squares, 4 for each 28x28 pixels
+    "distractors": [2, 4, 6, 8, 10],  # the same of fragments of other images of the split
+    "blur": [0.5, 1.0, 1.5, 2.0, 2.5],  # deviation of a Gaussian, in pixels
 }
 NUM_CLASSES = 10
 VALIDATION_SIZE = 5_000
 EVALUATION_BATCH = 1_000
+AUGMENTATION_NOISE = 7  # random numbers an image
 NO_AUGMENTATION = dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False)
 SIZE_FLAGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "patch_norm", "qkv_bias",
               "dropout"]
 RECIPE_FLAGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip",
-                "label_smoothing", *NO_AUGMENTATION]
-RECORDS = ["summary.json", "config.json", "args.txt", "metrics.csv", "best.pt", "last.pt"]
+                "label_smoothing", "distractors", *NO_AUGMENTATION]
+RECORDS = ["summary.json", "config.json", "args.txt", "metrics.csv", "noise.csv", "attention.csv", "attention.npz",
+           "best.pt", "last.pt"]
 
 
 class UserError(Exception):
@@ -133,6 +155,9 @@ def make_parser():
     group.add_argument("--seed", nargs="+", default=[0], metavar="N",
                        type=number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32),
                        help="of the initial weights, batch order, augmentation and dropout (default: 0)")
+    group.add_argument("--distractors", metavar="N",
+                       type=number(int, "a whole number of at least 0", lambda value: value >= 0),
+                       help="fragments of other images on each canvas of a cluttered data set (default: 4)")
 
     group = parser.add_argument_group("sizes; the model's own where left out")
     group.add_argument("--patch-size", type=positive, metavar="N", help=f"pixels a side {by_dataset('patch_size')}")
@@ -190,8 +215,12 @@ def make_parser():
     group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
     group.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
+    group.add_argument("--analysis", action=argparse.BooleanOptionalAction, default=True,
+                       help="after the test, write noise.csv, attention.csv and attention.npz: how the model takes "
+                            "corrupted images, and what it attends to (default: yes)")
     group.add_argument("--eval", type=Path, metavar="RUN",
-                       help="test a finished run's best.pt again (takes --device and --data-dir alone)")
+                       help="test a finished run's best.pt again and write its analysis (takes --device, --data-dir "
+                            "and --no-analysis alone)")
     group.add_argument("--benchmark", nargs="?", choices=["steps", "growth"], const="steps",
                        help="train nothing: time the training steps of these flags, of several --seed also the stack, "
                             "with --compile also compiled; or, by growth, how time and memory grow with width, depth, "
@@ -218,11 +247,14 @@ def parse_flags(argv=None):
             if args.batch_size > training_size:
                 raise UserError(f"argument --batch-size: {args.batch_size} is more than the {training_size} training "
                                 f"images of {name}: choose a smaller one")
+            if args.distractors and "object_size" not in DATASETS[name]:
+                raise UserError(f"argument --distractors: {name} has none: choose "
+                                f"{' or '.join(key for key in DATASETS if 'object_size' in DATASETS[key])}")
         for flag, path in [("--data-dir", args.data_dir), ("--runs-dir", args.runs_dir)]:
             if path.exists() and not path.is_dir():
                 raise UserError(f"argument {flag}: {path} is a file: name a folder")
-        for name, value in vars(args).items():
-            if args.eval and name not in ("eval", "device", "data_dir") and value != parser.get_default(name):
+        for name, value in vars(args).items() if args.eval else []:
+            if name not in ("eval", "device", "data_dir", "analysis") and value != parser.get_default(name):
                 raise UserError(f"--eval takes everything else from the run: leave out --{name.replace('_', '-')}")
     except UserError as error:
         parser.error(str(error))
@@ -234,6 +266,7 @@ def parse_flags(argv=None):
 if __name__ == "__main__":
     parse_flags()  # so that --help and a wrong flag are answered before the seconds that importing torch takes
 
+import numpy
 import torch
 from torch import distributed
 from torch.func import functional_call, grad_and_value
@@ -331,7 +364,7 @@ def check_unpacked(name, source, data_dir):
     from torchvision.datasets.utils import check_integrity
     folder, _, unpacked = find_archives(source, data_dir)
     if hasattr(source, "resources"):
-        side = DATASETS[name]["image_size"]
+        side = DATASETS[name].get("object_size", DATASETS[name]["image_size"])
         shapes = [shape for size in DATASETS[name]["sizes"] for shape in [(size, side, side), (size,)]]
         checks = [(folder / item, is_idx(folder / item, shape)) for item, shape in zip(unpacked, shapes, strict=True)]
     else:
@@ -352,7 +385,8 @@ def is_idx(path, shape):
 
 
 def load_splits(name, data_dir, device):
-    """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}.
+    """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}; of a cluttered one, the
+    images that are put on canvases.
 
     The 5,000 validation images are drawn from the training archive by a generator of fixed seed: the same for every
     model and seed.
@@ -414,6 +448,92 @@ def normalize(pixels, dataset):
     """Pixels (B, C, H, W) from 0 to 255 -> mean 0 and deviation 1 over the training archive."""
     mean, std = pixel_statistics(dataset, pixels.device)
     return (pixels / 255 - mean) / std
+
+
+def is_cluttered(settings):
+    return "object_size" in DATASETS[settings["dataset"]]
+
+
+def clutter(images, own, noise, split, settings):
+    """Images (B, C, h, w) each somewhere on a canvas (B, C, H, W), with fragments of other images of the split; or as
+    they are, where the data set is not cluttered.
+
+    own (B,): which images of the split these are. noise (B, 2 + 5 D), from -1 to 1: for the place and D fragments.
+    """
+    if not is_cluttered(settings):
+        return images
+    size = DATASETS[settings["dataset"]]["image_size"]
+    top, left = pick(noise[:, :2, None], size - images.shape[-1] + 1).unbind(1)
+    canvas = images.new_zeros(*images.shape[:2], size, size)
+    return add_fragments(paste(canvas, images.unsqueeze(1), top, left), own, noise[:, 2:], split, FRAGMENT)
+
+
+def add_fragments(pixels, own, noise, split, side):
+    """Paste squares, cut anywhere from other images of the split, anywhere onto pixels (B, C, H, W).
+
+    noise (B, 5 D), from -1 to 1: for each fragment its image, where it is cut and where it is pasted.
+    """
+    if not noise.shape[1]:
+        return pixels
+    other, *places = noise.unflatten(1, (-1, 5)).unbind(2)  # (B, D) each
+    count, channels, height, width = split.images.shape
+    other = (own[:, None] + 1 + pick(other, count - 1)) % count
+    sizes = [height, width, *pixels.shape[2:]]
+    top, left, new_top, new_left = (pick(place, size - side + 1) for place, size in zip(places, sizes))
+    cut = torch.arange(side, device=pixels.device)
+    fragments = split.images[
+        other[:, :, None, None, None], torch.arange(channels, device=pixels.device)[:, None, None],
+        (top[:, :, None] + cut)[:, :, None, :, None], (left[:, :, None] + cut)[:, :, None, None, :]]
+    return paste(pixels, fragments.type_as(pixels), new_top, new_left)
+
+
+def pick(noise, count):
+    """A whole number from 0 to count - 1 for each number of noise from -1 to 1."""
+    return ((noise + 1) / 2 * count).long().clamp_max(count - 1)
+
+
+def paste(pixels, pieces, top, left):
+    """Add pieces (B, D, C, h, w) to pixels (B, C, H, W) at rows `top` and columns `left` (B, D), within 0 to 255."""
+    height, width = (torch.arange(side, device=pixels.device) for side in pieces.shape[3:])
+    rows, columns = top[:, :, None, None] + height[:, None], left[:, :, None, None] + width
+    index = (rows * pixels.shape[3] + columns).flatten(1).unsqueeze(1).expand(-1, pixels.shape[1], -1)  # (B, C, D h w)
+    total = pixels.flatten(2).scatter_add(2, index, pieces.transpose(1, 2).flatten(2))
+    return total.clamp(0, 255).view_as(pixels)
+
+
+def corrupt(pixels, name, severity, own, split):
+    """Damage pixels (B, C, H, W) from 0 to 255 as CORRUPTIONS says, the same way at every call; severity 0 is none.
+
+    own (B,): which images of the split these are. The random numbers are those of the first of them and of the name,
+    so that a higher severity is more of the same.
+    """
+    if severity == 0:
+        return pixels
+    if name == "shot_noise" and pixels.device.type == "mps":  # which has no Poisson distribution
+        return corrupt(pixels.cpu(), name, severity, own, split).to(pixels.device)
+    amount, device = CORRUPTIONS[name][severity - 1], pixels.device
+    squares = round(4 * pixels[0, 0].numel() / 28**2)
+    generator = torch.Generator(device).manual_seed(mix_seed(name, own[0].item()))
+    if name == "gaussian_noise":
+        return (pixels + 255 * amount * torch.randn(pixels.shape, generator=generator, device=device)).clamp(0, 255)
+    if name == "impulse_noise":
+        level = torch.rand(pixels.shape, generator=generator, device=device)
+        return torch.where(level < amount / 2, 0.0, torch.where(level >= 1 - amount / 2, 255.0, pixels))
+    if name == "shot_noise":
+        return (torch.poisson(pixels / 255 * amount, generator) / amount * 255).clamp_max(255)
+    if name == "occlusion":
+        top, left = (pick(2 * torch.rand(len(pixels), squares, generator=generator, device=device) - 1,
+                          size - amount + 1) for size in pixels.shape[2:])
+        black = torch.full((1, 1, 1, amount, amount), -255.0, device=device)
+        return paste(pixels, black.expand(len(pixels), squares, pixels.shape[1], -1, -1), top, left)
+    if name == "distractors":
+        noise = 2 * torch.rand(len(pixels), 5 * squares, generator=generator, device=device) - 1
+        return add_fragments(pixels, own, noise, split, amount)
+    blurs = []  # blur is a product with a matrix from either side, whose rows are Gaussians
+    for side in pixels.shape[2:]:
+        place = torch.arange(side, device=device)
+        blurs.append((-0.5 * ((place - place[:, None]) / amount) ** 2).softmax(1))
+    return blurs[0] @ pixels @ blurs[1].T
 
 
 def mix_seed(*key):
@@ -543,8 +663,14 @@ def map_model(model, weights, images):
     return torch.vmap(run, randomness="different")(weights, images)
 
 
+def training_pixels(split, index, noise, settings):
+    """Images of the split, by index (B,), as a model is to see them, (B, C, H, W) from 0 to 255; noise (B, R)."""
+    pixels = augment(split.images[index].float(), noise[:, :AUGMENTATION_NOISE], settings)
+    return clutter(pixels, index, noise[:, AUGMENTATION_NOISE:], split, settings)
+
+
 def make_step(stack, split, settings):
-    """The training step, a function: indices (S, B) into the split and their noise (S, B, 7) -> losses and correct
+    """The training step, a function: indices (S, B) into the split and their noise (S, B, R) -> losses and correct
     answers (S,). Of several processes each takes its slice of the batch, and all take the same step by the sum of
     their gradients."""
     device, rank, processes = split.labels.device, process_rank(), process_count()
@@ -583,7 +709,7 @@ def make_step(stack, split, settings):
     def step(index, noise):
         batch = index.shape[1]
         index, noise = (part.tensor_split(processes, dim=1)[rank] for part in (index, noise))
-        pixels = augment(split.images[index.flatten()].float(), noise.flatten(0, 1), settings)
+        pixels = training_pixels(split, index.flatten(), noise.flatten(0, 1), settings)
         images, labels = normalize(pixels, settings["dataset"]).unflatten(0, index.shape), split.labels[index]
         gradient, losses, correct = (differentiate_whole if batch == settings["batch_size"] else differentiate)(
             images, labels, 1 / batch, stack.scaler.scale(one))
@@ -653,12 +779,14 @@ def set_rates(optimizers, factor):
             group["lr"].fill_(factor * group["peak_lr"])
 
 
-def draw_epoch(seeds, epoch, split):
-    """Each seed's order of the images (S, N) and their noise (S, N, 7), from -1 to 1, in an epoch counted from 1."""
+def draw_epoch(seeds, epoch, split, settings):
+    """Each seed's order of the images (S, N) and their noise (S, N, R), from -1 to 1, in an epoch counted from 1."""
     count, draws = len(split.labels), []
+    width = AUGMENTATION_NOISE + (2 + 5 * settings["distractors"] if is_cluttered(settings) else 0)
     for seed in seeds:
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
-        draws.append((torch.randperm(count, generator=generator), 2 * torch.rand(count, 7, generator=generator) - 1))
+        draws.append((torch.randperm(count, generator=generator),
+                      2 * torch.rand(count, width, generator=generator) - 1))
     return [torch.stack(part).to(split.labels.device) for part in zip(*draws)]
 
 
@@ -666,7 +794,7 @@ def train_epoch(stack, step, seeds, split, settings, epoch):
     """One pass over the training split by `step` of make_step; epoch counts from 1. Returns, on the CPU, the losses
     (S, steps), each batch's share of the split (steps,), the accuracies (S,) and the last factor of the rates."""
     device, count, batch_size = split.labels.device, len(split.labels), settings["batch_size"]
-    order, noise = draw_epoch(seeds, epoch, split)
+    order, noise = draw_epoch(seeds, epoch, split, settings)
     torch.manual_seed(mix_seed(*seeds, epoch, "dropout") + process_rank())
     steps = math.ceil(count / batch_size)
     losses, correct = torch.empty(len(seeds), steps, device=device), torch.zeros_like(order[:, 0])
@@ -687,18 +815,33 @@ def train_epoch(stack, step, seeds, split, settings, epoch):
     return losses.cpu().double(), shares, correct.cpu() / count, factor
 
 
-def evaluation_batches(split, settings):
+def evaluation_pixels(split, settings):
+    """A split in its own order: pairs of indices (B,) and pixels (B, C, H, W) from 0 to 255.
+
+    The canvases of a cluttered data set are the same at every call, and those of more distractors have the same ones
+    and more.
+    """
+    count, device = len(split.labels), split.labels.device
+    generator = torch.Generator().manual_seed(mix_seed("canvases"))
+    noise = torch.cat([2 * torch.rand(count, width, generator=generator) - 1
+                       for width in [2, *[5] * settings["distractors"]]], 1).to(device)
+    for index in torch.arange(count, device=device).split(EVALUATION_BATCH):
+        yield index, clutter(split.images[index].float(), index, noise[index], split, settings)
+
+
+def evaluation_batches(split, settings, corruption=None, severity=0):
     """A split in its own order: pairs of normalised images (B, C, H, W) and labels (B,)."""
-    for images, labels in zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH)):
-        yield normalize(images.float(), settings["dataset"]), labels
+    for index, pixels in evaluation_pixels(split, settings):
+        yield (normalize(corrupt(pixels, corruption, severity, index, split), settings["dataset"]),
+               split.labels[index])
 
 
 @torch.inference_mode()
-def evaluate(model, split, settings):
+def evaluate(model, split, settings, corruption=None, severity=0):
     """Loss and accuracy over all images of a split, in float32."""
     model.eval()
     loss, correct = 0.0, 0
-    for images, labels in evaluation_batches(split, settings):
+    for images, labels in evaluation_batches(split, settings, corruption, severity):
         logits = model(images)
         loss += F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"], reduction="sum").item()
         correct += (logits.argmax(1) == labels).sum().item()
@@ -711,6 +854,91 @@ def measure_lambdas(model, split, settings):
     model.eval()
     batches = [model.mean_lambdas(images) for images, _ in evaluation_batches(split, settings)]
     return [torch.stack(block).mean().item() for block in zip(*batches)]
+
+
+def attention_conditions(settings):
+    """What images the attention is measured on: {name: (settings, corruption, severity)}."""
+    if is_cluttered(settings):
+        counts = sorted({0, 4, 8, 16, settings["distractors"]})
+        return ({f"{count}_distractors": (settings | dict(distractors=count), None, 0) for count in counts}
+                | {"gaussian_noise_3": (settings, "gaussian_noise", 3)})
+    return ({"clean": (settings, None, 0)}
+            | {f"{name}_3": (settings, name, 3) for name in ("gaussian_noise", "distractors")})
+
+
+def holds_ink(pixels, patch_size):
+    """Which patches have any pixel that is not black: (B, C, H, W) -> (B, H W / patch_size^2)."""
+    return F.max_pool2d(pixels.amax(1, keepdim=True), patch_size).flatten(1) > 0
+
+
+def attention_figures(row, relevant, ink):
+    """What the class token attends to, of each image and head: {figure: (B, H)}.
+
+    row: its signed weights (B, H, 1 + P), the first that of itself. relevant, ink: patches with any of the object, and
+    with anything at all, (B, P). Weight is absolute; shares of patches are of the weight on patches.
+    """
+    weight = row.abs() / row.abs().sum(2, keepdim=True)
+    on_patches = weight[:, :, 1:] / weight[:, :, 1:].sum(2, keepdim=True)
+    return dict(
+        irrelevant_share=(on_patches * ~relevant[:, None]).sum(2),
+        uniform_share=(~relevant).float().mean(1, keepdim=True).expand(row.shape[:2]),
+        ink_share=(on_patches * ink[:, None]).sum(2),
+        entropy=torch.special.entr(weight).sum(2),
+        negative_share=(weight * (row < 0)).sum(2),
+        **{"lambda": 1 - row.sum(2)})
+
+
+@torch.inference_mode()
+def measure_attention(model, split, settings):
+    """The means of attention_figures over a split, in nats the entropy: rows, one for a condition, block and head.
+
+    signal_to_noise is relevant over irrelevant weight, each per patch; 1 for uniform weight.
+    """
+    model.eval()
+    rows = []
+    for condition, (shown, corruption, severity) in attention_conditions(settings).items():
+        sums = [0.0] * settings["depth"]  # of (figures, H)
+        for (index, pixels), (_, alone) in zip(evaluation_pixels(split, shown),
+                                               evaluation_pixels(split, shown | dict(distractors=0))):
+            relevant, ink = (holds_ink(image, settings["patch_size"]) for image in (alone, pixels))
+            images = normalize(corrupt(pixels, corruption, severity, index, split), settings["dataset"])
+            for block, attention_map in enumerate(model.attention_maps(images)):
+                figures = attention_figures(attention_map[:, :, 0], relevant, ink)
+                sums[block] += torch.stack([figure.double().sum(0) for figure in figures.values()])
+        for block, total in enumerate(sums):
+            for head, means in enumerate((total / len(split.labels)).T.tolist()):
+                means = dict(zip(figures, means))
+                noise, uniform = means["irrelevant_share"], means["uniform_share"]
+                relevant_weight, irrelevant_weight = (1 - noise) * uniform, noise * (1 - uniform)
+                means["signal_to_noise"] = (relevant_weight / irrelevant_weight if irrelevant_weight
+                                            else math.inf if relevant_weight else math.nan)
+                rows.append(dict(condition=condition, block=block, head=head, **means))
+    return rows
+
+
+@torch.inference_mode()
+def picture_attention(model, split, settings):
+    """The first image of each of the first eight classes and its maps, as arrays: images (8, C, H, W) in bytes, labels
+    (8,), and for each block map_0, map_1, ... (8, H, N, N) in float16."""
+    model.eval()
+    index, pixels = next(evaluation_pixels(split, settings))
+    first = [(split.labels[index] == label).nonzero()[0].item() for label in range(8)]
+    maps = model.attention_maps(normalize(pixels[first], settings["dataset"]))
+    return dict(images=pixels[first].byte().cpu().numpy(), labels=split.labels[first].cpu().numpy(),
+                **{f"map_{block}": attention_map.half().cpu().numpy() for block, attention_map in enumerate(maps)})
+
+
+def analyse(folder, model, split, settings):
+    """Write what corruption does to a trained model, noise.csv, and what it attends to, attention.csv and .npz."""
+    rows = []
+    for corruption, severity in itertools.product(CORRUPTIONS, range(1, 6)):
+        loss, accuracy = evaluate(model, split, settings, corruption, severity)
+        rows.append(dict(corruption=corruption, severity=severity, test_loss=loss, test_accuracy=accuracy))
+    write_csv(folder / "noise.csv", rows)
+    write_csv(folder / "attention.csv", measure_attention(model, split, settings))
+    arrays = io.BytesIO()
+    numpy.savez_compressed(arrays, **picture_attention(model, split, settings))
+    write_whole(folder / "attention.npz", arrays.getvalue())
 
 
 def pick_device(name):
@@ -784,6 +1012,15 @@ def measure_model(settings):
         raise UserError(f"{settings['model']} on {settings['dataset']}: {first_line(error)}") from None
     return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
                 flops_per_image=counter.get_total_flops())
+
+
+def check_maps(settings):
+    """Raise a UserError unless the attention of the model can be analysed."""
+    with torch.device("meta"):
+        for block in make_model(settings).blocks:
+            if not hasattr(block.attn, "attention_map"):
+                raise UserError(f"{settings['model']}: {type(block.attn).__name__} has no attention_map(x), which the "
+                                "analysis after training needs: write it, or give --no-analysis")
 
 
 def git_commit():
@@ -872,15 +1109,17 @@ def write_args(path, settings):
 
 def write_metrics(path, rows):
     """rows: a dict of numbers for each epoch; the file's columns are the keys."""
-    formats = dict(lr="{:.8g}", seconds="{:.3f}", images_per_second="{:.0f}", epoch="{}", step="{}")
-    write_csv(path, [{name: formats.get(name, "{:.6f}").format(value) for name, value in row.items()} for row in rows])
+    write_csv(path, rows, lr="{:.8g}", seconds="{:.3f}", images_per_second="{:.0f}")
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, number="{:.6f}", **formats):
+    """rows: dicts, whose keys are the columns; formats: {column: format}, where it is not `number` for its floats."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: formats.get(name, number if isinstance(value, float) else "{}").format(value)
+                         for name, value in row.items()})
     write_whole(path, table.getvalue())
 
 
@@ -964,8 +1203,9 @@ def load_stack(stack, checkpoints, folders):
     show_seed(stack, 0)
 
 
-def train_stack(folders, settings, facts, checkpoints, splits, device):
-    """Train runs that differ in their seed alone, {seed: folder}, from these checkpoints to their end; test them."""
+def train_stack(folders, settings, facts, checkpoints, splits, device, analysis):
+    """Train runs that differ in their seed alone, {seed: folder}, from these checkpoints to their end; test them, and
+    analyse them if so wanted."""
     seeds = list(checkpoints)
     rows, best = ({seed: last[key] for seed, last in checkpoints.items()} for key in ("rows", "best"))
     done = len(rows[seeds[0]])
@@ -1014,7 +1254,8 @@ def train_stack(folders, settings, facts, checkpoints, splits, device):
             print_epoch(folders[seed], settings, rows[seed][-1])
 
     for seed in seeds if process_rank() == 0 else []:
-        test_run(folders[seed], stack.model, settings | dict(seed=seed), facts, rows[seed], best[seed], splits)
+        test_run(folders[seed], stack.model, settings | dict(seed=seed), facts, rows[seed], best[seed], splits,
+                 analysis)
 
 
 def seed_weights(stack, row):
@@ -1023,18 +1264,23 @@ def seed_weights(stack, row):
     return {name: weight.clone() for name, weight in stack.model.state_dict().items()}
 
 
-def test_run(folder, model, settings, facts, rows, best, splits):
-    """Test a run's best weights, and so finish it."""
+def test_run(folder, model, settings, facts, rows, best, splits, analysis):
+    """Test a run's best weights, analyse them if so wanted, and so finish the run."""
     with reading(folder / "best.pt") as weights:
         model.load_state_dict(weights)
     test_loss, test_accuracy = evaluate(model, splits["test"], settings)
+    start = time.perf_counter()
+    if analysis:
+        analyse(folder, model, splits["test"], settings)
+    analysis_seconds = time.perf_counter() - start
     epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
     steps = rows[-1]["step"] / len(rows)
     write_json(folder / "summary.json", dict(
         model=settings["model"], dataset=settings["dataset"], seed=settings["seed"], parameters=facts["parameters"],
         epochs=len(rows), best_epoch=best["epoch"], val_loss=best["val_loss"], val_accuracy=best["val_accuracy"],
         test_loss=test_loss, test_accuracy=test_accuracy, seconds=sum(row["seconds"] for row in rows),
-        train_seconds=sum(epoch_seconds), milliseconds_per_step=1e3 * statistics.median(epoch_seconds) / steps,
+        train_seconds=sum(epoch_seconds), analysis_seconds=analysis_seconds,
+        milliseconds_per_step=1e3 * statistics.median(epoch_seconds) / steps,
         images_per_second=statistics.median(row["images_per_second"] for row in rows)))
 
 
@@ -1088,6 +1334,8 @@ def plan_stacks(args, device):
     plan, seeds = [], list(dict.fromkeys(args.seed))
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device)
+        if args.analysis and not args.benchmark:
+            check_maps(settings)
         facts, size = measure_model(settings), args.stack or len(seeds)
         reason = why_alone(settings) if min(size, len(seeds)) > 1 else None
         if reason:
@@ -1136,7 +1384,8 @@ def train_all(args):
     for settings, facts, folders in plan:
         with contextlib.ExitStack() as locks:
             for checkpoints in from_first(lambda: begin_stack(args, settings, folders, locks)):
-                train_stack(folders, settings, facts | machine, checkpoints, splits[settings["dataset"]], device)
+                train_stack(folders, settings, facts | machine, checkpoints, splits[settings["dataset"]], device,
+                            args.analysis)
         for folder in folders.values() if process_rank() == 0 else []:
             print_summary(folder)
     if process_count() > 1:
@@ -1144,25 +1393,32 @@ def train_all(args):
 
 
 def evaluate_again(args):
-    """Test the best weights of a finished run once more and set the figures next to those recorded."""
+    """Test the best weights of a finished run once more, set the figures next to those recorded, and analyse them."""
     folder, device = args.eval, pick_device(args.device)
     with reading(folder / "config.json") as config:
         check_name("model", config["model"], MODELS)
-        model = make_model(config).to(device)
+        check_name("data set", config["dataset"], DATASETS)
+        settings = {name: config[name] for name in ["model", "dataset", "seed", *SIZE_FLAGS, *RECIPE_FLAGS]}
+        model = make_model(settings).to(device)
     with reading(folder / "summary.json") as summary:
         recorded = summary["test_loss"], summary["test_accuracy"]
     with reading(folder / "best.pt") as weights:
         model.load_state_dict(weights)
-    figures = evaluate(model, load_splits(config["dataset"], args.data_dir, device)["test"], config)
+    split = load_splits(settings["dataset"], args.data_dir, device)["test"]
+    figures = evaluate(model, split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}")
+    if args.analysis:
+        with locked(folder):
+            analyse(folder, model, split, settings)
+        print(f"noise.csv, attention.csv and attention.npz are written into {folder}")
 
 
 def make_contender(settings, seeds, splits, device):
     """A training step, and an evaluation of the validation split, as functions of nothing that can be timed."""
     stack = make_stack(settings, seeds, device)
     step = make_step(stack, splits["train"], settings)
-    order, noise = draw_epoch(seeds, 1, splits["train"])
+    order, noise = draw_epoch(seeds, 1, splits["train"], settings)
     size = settings["batch_size"]
     batches = itertools.cycle([batch for batch in zip(order.split(size, 1), noise.split(size, 1))
                                if batch[0].shape[1] == size])
@@ -1243,9 +1499,7 @@ def write_benchmark(args, device, name, rows, table):
     """Write the rows as CSV and the table as Markdown into --runs-dir, and print the table."""
     args.runs_dir.mkdir(parents=True, exist_ok=True)
     machine = dict(device_name=name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
-    write_csv(args.runs_dir / f"{name}.csv", [
-        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in (row | machine).items()}
-        for row in rows])
+    write_csv(args.runs_dir / f"{name}.csv", [row | machine for row in rows], number="{:.6g}")
     write_whole(args.runs_dir / f"{name}.md", table)
     print(table, end="")
 

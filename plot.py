@@ -58,54 +58,65 @@ def read_rows(path):
         return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
 
 
-def read_analysis(folder):
-    """What a run's analysis has written, as far as it has: noise {corruption: accuracies, one a severity}, attention
-    {condition: {block: {figure: its mean over the heads}}}, images (8, C, H, W) and maps, the class token's weights on
-    their patches in the last block, the mean of the heads (8, H / patch, W / patch)."""
-    analysis = {}
-    if (folder / "noise.csv").exists():
-        analysis["noise"] = defaultdict(list)
-        for row in sorted(read_rows(folder / "noise.csv"), key=lambda row: row["severity"]):
-            analysis["noise"][row["corruption"]].append(row["test_accuracy"])
-    if (folder / "attention.csv").exists():
-        heads = defaultdict(lambda: defaultdict(list))
-        for row in read_rows(folder / "attention.csv"):
-            heads[row["condition"]][int(row["block"])].append(row)
-        analysis["attention"] = {
-            condition: {block: {figure: statistics.fmean(row[figure] for row in rows) for figure in ATTENTION_FIGURES}
-                        for block, rows in blocks.items()} for condition, blocks in heads.items()}
-    if (folder / "attention.npz").exists():
-        with numpy.load(folder / "attention.npz") as arrays:
-            last = max((name for name in arrays if name.startswith("map_")), key=lambda name: int(name[4:]))
-            weights = arrays[last][:, :, 0, 1:].mean(1, dtype=float)
-            side = math.isqrt(weights.shape[1])
-            analysis |= dict(images=arrays["images"], maps=weights.reshape(-1, side, side))
-    return analysis
+def read_noise(path):
+    """{corruption: accuracies, one a severity} of noise.csv."""
+    noise = defaultdict(list)
+    for row in sorted(read_rows(path), key=lambda row: row["severity"]):
+        noise[row["corruption"]].append(row["test_accuracy"])
+    if not all(math.isfinite(accuracy) for accuracies in noise.values() for accuracy in accuracies):
+        raise ValueError("not finite")
+    return dict(noise=noise)
+
+
+def read_attention(path):
+    """{condition: {block: {figure: its mean over the heads}}} of attention.csv."""
+    heads = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(path):
+        heads[row["condition"]][int(row["block"])].append(row)
+    return dict(attention={
+        condition: {block: {figure: statistics.fmean(row[figure] for row in rows) for figure in ATTENTION_FIGURES}
+                    for block, rows in blocks.items()} for condition, blocks in heads.items()})
+
+
+def read_maps(path):
+    """Of attention.npz the images (8, C, H, W), and as maps the class token's weights on their patches in the last
+    block, the mean of the heads (8, H / patch, W / patch)."""
+    with numpy.load(path) as arrays:
+        last = max((name for name in arrays if name.startswith("map_")), key=lambda name: int(name[4:]))
+        weights = arrays[last][:, :, 0, 1:].mean(1, dtype=float)
+        side = math.isqrt(weights.shape[1])
+        return dict(images=arrays["images"], maps=weights.reshape(-1, side, side))
 
 
 def read_run(folder):
-    """A finished run's config and summary (dicts), metrics (column: list of floats, one an epoch) and analysis.
+    """A finished run's config and summary (dicts), metrics (column: list of floats, one an epoch) and analysis, which
+    has what read_noise, read_attention and read_maps return where their files are.
 
     Raises ValueError, which says what is wrong with it, for anything else.
     """
+    if (folder / "config.json").exists() and not (folder / "summary.json").exists():
+        raise ValueError("unfinished: run its command again to go on")
+    name, analysis = "config.json", {}
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if not (folder / "summary.json").exists():
-            raise ValueError("unfinished: run its command again to go on")
-        summary = json.loads((folder / "summary.json").read_text())
-        rows, analysis = read_rows(folder / "metrics.csv"), read_analysis(folder)
-        metrics = {column: [row[column] for row in rows] for column in rows[0]}
-        right = (all(math.isfinite(summary[name]) for name in FIGURES)
-                 and all(math.isfinite(value) for column in metrics.values() for value in column)
-                 and all(math.isfinite(value) for values in analysis.get("noise", {}).values() for value in values)
-                 and {"val_loss", "val_accuracy"} <= metrics.keys()
-                 and metrics["epoch"] == list(range(1, config["epochs"] + 1))
+        config = json.loads((folder / name).read_text())
+        name = "summary.json"
+        summary = json.loads((folder / name).read_text())
+        right = (all(math.isfinite(summary[figure]) for figure in FIGURES)
                  and isinstance(config["seed"], int) and isinstance(config["dataset"] + config["model"], str))
-    except FileNotFoundError as error:
-        raise ValueError(f"has no {Path(error.filename).name}") from None
-    except (OSError, KeyError, IndexError, TypeError, AttributeError, csv.Error, json.JSONDecodeError,
-            UnicodeDecodeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"damaged: {error!r}") from None
+        name = "metrics.csv"
+        rows = read_rows(folder / name)
+        metrics = {column: [row[column] for row in rows] for column in rows[0]}
+        right = (right and all(math.isfinite(value) for column in metrics.values() for value in column)
+                 and {"val_loss", "val_accuracy"} <= metrics.keys()
+                 and metrics["epoch"] == list(range(1, config["epochs"] + 1)))
+        for name, read in [("noise.csv", read_noise), ("attention.csv", read_attention), ("attention.npz", read_maps)]:
+            if (folder / name).exists():
+                analysis |= read(folder / name)
+    except FileNotFoundError:
+        raise ValueError(f"has no {name}") from None
+    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError, EOFError, csv.Error,
+            zipfile.BadZipFile) as error:
+        raise ValueError(f"damaged: {name} ({type(error).__name__})") from None
     if not right:
         raise ValueError("damaged: its figures are not finite, or not one row an epoch")
     return config, metrics, summary, analysis
@@ -349,7 +360,8 @@ def legend_below(figure, columns=5):
 
 
 def draw_relevance(dataset, groups, styles):
-    """The share of the class token's weight on patches without the object: bars a condition and model, a panel a block."""
+    """The share of the class token's weight on patches without the object: a bar a model and condition, a panel a
+    block."""
     first = next(iter(groups.values()))[0]["analysis"]["attention"]
     blocks = list(next(iter(first.values())))
     figure = Figure(figsize=(11, 0.8 + 3 * len(blocks)), layout="constrained")
@@ -401,8 +413,8 @@ def draw_maps(dataset, groups):
         row[0].set_ylabel(label.replace(", ", "\n"), fontsize="small")
         bar = figure.colorbar(shown, ax=row.tolist(), pad=0.01, aspect=8)
         bar.ax.tick_params(labelsize="x-small")
-    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads, one seed\n"
-                    "red: positive, blue: negative, white: none; one scale a row; black: outline of the image",
+    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; one "
+                    "seed\nred: positive, blue: negative, white: none; one scale a row; black: outline of the image",
                     fontsize="medium")
     return figure
 
@@ -491,7 +503,8 @@ def noise_table(dataset, groups):
 
     of_vit, _ = mean_and_deviation([errors(run) for run in groups["vit"]]) if "vit" in groups else (None, None)
     lines = [f"## {dataset}: mean error over severities 1 to 5" + (" (ratio to that of vit)" if of_vit else ""), "",
-             f"| model | seeds | {' | '.join(map(readable, names))} | mean |", "|---" + "|---:" * (len(names) + 2) + "|"]
+             f"| model | seeds | {' | '.join(map(readable, names))} | mean |",
+             "|---" + "|---:" * (len(names) + 2) + "|"]
     for label, members in groups.items():
         columns = list(zip(*(errors(run) for run in members)))
         cells = [f"{statistics.fmean(column):.1%}" for column in columns]

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from matplotlib.text import Text
@@ -39,6 +41,10 @@ CPU = torch.device("cpu")
 BUDGETS = {"vit": 33_802, "vitbalanced": 55_626, "vitdiff": 38_106, "vitdiffpaper": 33_802, "vitdiffv2": 36_000}
 TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
         "--batch-size", "1000", "--device", "cpu", "--no-analysis"]
+
+
+CANVASES = 2855204916  # of the canvases of the first 1,200 test images
+ANALYSIS = {"noise.csv", "attention.csv", "attention.npz"}
 
 
 def random_(module):
@@ -458,6 +464,260 @@ def test_default_augmentation_is_small_and_each_images_own(mnist):
     assert (drawn.sum((1, 2, 3)) / pixels.sum((1, 2, 3)) - 1).abs().max() < 0.35  # ink stays on the canvas
 
 
+# Clutter and corruption.
+
+def cluttered(dataset="clutteredmnist", **overrides):
+    return train.resolve_settings(train.parse_flags(["--dataset", dataset]), "vit", dataset, 0, CPU) | overrides
+
+
+def coded_split():
+    """Six images of one value each, so that a canvas says what it was made of."""
+    values = 2 ** torch.arange(6)  # 1, 2, 4, 8, 16, 32
+    return train.Split(values.byte().view(6, 1, 1, 1).expand(-1, 1, 28, 28), torch.arange(6))
+
+
+def rectangle(mask):
+    """Row, column, height and width of what is True, which must be a whole rectangle."""
+    rows, columns = (mask.any(1 - axis).nonzero().flatten() for axis in (0, 1))
+    assert mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()
+    return [rows[0].item(), columns[0].item(), len(rows), len(columns)]
+
+
+def test_canvases_hold_the_object_whole_and_fragments_of_other_images_of_the_split():
+    split, own = coded_split(), torch.arange(6).repeat(100)
+    noise = 2 * torch.rand(600, 2 + 5 * 4, generator=torch.Generator().manual_seed(0)) - 1
+    places, sources, spots = set(), set(), set()
+    alone = train.clutter(split.images[own].float(), own, noise[:, :2], split, cluttered())
+    assert alone.shape == (600, 1, 60, 60)
+    one = train.clutter(split.images[own].float(), own, noise[:, :7], split, cluttered())
+    four = train.clutter(split.images[own].float(), own, noise, split, cluttered())
+    for index, canvas, more in zip(own.tolist(), alone[:, 0], (one - alone)[:, 0]):
+        assert canvas.unique().tolist() == [0, 2**index]
+        row, column, *size = rectangle(canvas > 0)
+        assert size == [28, 28]
+        places |= {("row", row), ("column", column)}
+        (value,) = set(more.unique().tolist()) - {0}
+        row, column, *size = rectangle(more > 0)
+        assert size == [8, 8] and value != 2**index  # never of the image itself
+        sources.add((2**index, value))
+        spots |= {("row", row), ("column", column)}
+    assert len(sources) == 6 * 5  # of every other image, and
+    assert places == {(axis, place) for axis in ("row", "column") for place in range(33)}  # anywhere
+    assert {0, 52} <= {spot for _, spot in spots} and max(spot for _, spot in spots) == 52
+    added = (four - alone).sum((1, 2, 3)) / 64  # of four values, each a power of 2 up to 32, not the image's own
+    assert ((added >= 4) & (added <= 4 * 32) & (added % 1 == 0)).all()
+    white = train.Split(torch.full((2, 1, 28, 28), 200, dtype=torch.uint8), torch.zeros(2))
+    full = train.clutter(white.images.float(), torch.arange(2), noise[:2], white, cluttered())
+    assert full.max() <= 255
+
+
+def test_a_fragment_is_a_cut_of_its_image(mnist):
+    split, own = mnist["val"], torch.arange(20)
+    noise = 2 * torch.rand(20, 7, generator=torch.Generator().manual_seed(1)) - 1
+    black = torch.zeros(20, 1, 60, 60)
+    for index, pasted, draw in zip(own.tolist(), train.add_fragments(black, own, noise[:, 2:], split, 8), noise):
+        other, *places = ((draw[2:] + 1) / 2 * torch.tensor([len(split.labels) - 1, 21, 21, 53, 53])).long().tolist()
+        top, left, new_top, new_left = places
+        image = split.images[(index + 1 + other) % len(split.labels), 0]
+        expected = torch.zeros(60, 60)
+        expected[new_top:new_top + 8, new_left:new_left + 8] = image[top:top + 8, left:left + 8]
+        assert torch.equal(pasted[0], expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33, 9_999, 54_999])
+def test_noise_picks_every_number_and_none_beyond(count):
+    ends = torch.tensor([-1.0, 2 * torch.tensor(1.0).nextafter(torch.tensor(0.0)).item() - 1, 1.0])
+    assert train.pick(ends, count).tolist() == [0, count - 1, count - 1]
+    middles = 2 * (torch.arange(count, dtype=torch.double) + 0.5) / count - 1
+    assert torch.equal(train.pick(middles, count), torch.arange(count))
+
+
+def test_evaluated_canvases_are_fixed_and_more_distractors_are_added_to_them(mnist):
+    split = train.Split(mnist["test"].images[:1_200], mnist["test"].labels[:1_200])
+
+    def canvases(count):
+        indices, pixels = zip(*train.evaluation_pixels(split, cluttered(distractors=count)))
+        assert torch.equal(torch.cat(indices), torch.arange(1_200))
+        return torch.cat(pixels)
+
+    assert torch.equal(canvases(4), canvases(4))
+    by_count = [canvases(count) for count in (0, 4, 8, 16)]
+    for fewer, more in zip(by_count, by_count[1:]):
+        assert (more >= fewer).all() and (more.sum((1, 2, 3)) > fewer.sum((1, 2, 3))).float().mean() > 0.95
+    assert zlib.crc32(by_count[1].byte().numpy()) == CANVASES  # figures of one year compare with those of the next
+
+
+@pytest.mark.parametrize("name", ["clutteredmnist", "clutteredfashionmnist"])
+def test_canvases_are_normalized_by_their_own_mean_and_deviation(name):
+    split, settings = train.load_splits(name, HERE / "data", CPU)["train"], cluttered(name)
+    order, noise = train.draw_epoch([0], 1, split, settings)
+    pixels = train.normalize(train.training_pixels(split, order[0, :10_000], noise[0, :10_000], settings), name)
+    assert abs(pixels.mean().item()) < 0.02 and abs(pixels.std().item() - 1) < 0.02
+
+
+def corrupted(pixels, name, severity, split, first=0):
+    return train.corrupt(pixels, name, severity, torch.arange(first, first + len(pixels)), split)
+
+
+@pytest.mark.parametrize("name", train.CORRUPTIONS)
+def test_corruption_is_the_same_at_every_call_and_grows_with_severity_from_none(mnist, name):
+    pixels = mnist["test"].images[:200].float()
+    assert torch.equal(corrupted(pixels, name, 0, mnist["test"]), pixels)
+    before = pixels.clone()
+    distances = []
+    for severity in range(1, 6):
+        result = corrupted(pixels, name, severity, mnist["test"])
+        assert result.shape == pixels.shape and result.min() >= 0 and result.max() <= 255
+        assert torch.equal(result, corrupted(pixels, name, severity, mnist["test"]))
+        distances.append((result - pixels).abs().mean().item())
+    assert 0 < distances[0] and distances == sorted(distances)
+    assert torch.equal(pixels, before)
+    if name != "blur":  # which is the same for all; of the others, other images have other draws
+        grey = torch.full((200, 1, 28, 28), 128.0)
+        assert not torch.equal(corrupted(grey, name, 3, mnist["test"]),
+                               corrupted(grey, name, 3, mnist["test"], first=200))
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_each_corruption_does_what_its_table_says(severity):
+    split = coded_split()
+    amount = {name: amounts[severity - 1] for name, amounts in train.CORRUPTIONS.items()}
+
+    def on(level, name, channels=1):
+        return corrupted(torch.full((400, channels, 28, 28), float(level)), name, severity, split)
+
+    noisy = on(128, "gaussian_noise") - 128
+    assert noisy.std().item() == pytest.approx(255 * amount["gaussian_noise"], rel=0.03) and abs(noisy.mean()) < 1
+    flipped = on(128, "impulse_noise", channels=3)
+    for level in (0, 255):
+        assert (flipped == level).float().mean().item() == pytest.approx(amount["impulse_noise"] / 2, rel=0.05)
+    assert set(flipped.unique().tolist()) == {0, 128, 255}
+    photons = on(51, "shot_noise") / 255 * amount["shot_noise"]  # of 0.2 of white
+    photons_seen = photons[photons < amount["shot_noise"]]  # the rest is cut off at white
+    assert (photons_seen - photons_seen.round()).abs().max() < 1e-4
+    rate = 0.2 * amount["shot_noise"]
+    assert (photons == 0).float().mean().item() == pytest.approx(math.exp(-rate), abs=0.01)
+    assert on(0, "shot_noise").max() == 0
+    side = amount["occlusion"]
+    hidden = on(255, "occlusion", channels=3)
+    assert set(hidden.unique().tolist()) == {0, 255} and torch.equal(hidden[:, 0], hidden[:, 2])
+    areas = (hidden[:, 0] == 0).sum((1, 2))
+    assert areas.min() >= side**2 and areas.max() == 4 * side**2  # squares may cover each other
+    distracted = on(0, "distractors")[:, 0]
+    side = amount["distractors"]
+    assert ((distracted > 0).sum((1, 2)) <= 4 * side**2).all()
+    assert (distracted.sum((1, 2)) % side**2 == 0).all() and (distracted.sum((1, 2)) >= 4 * side**2).all()
+    point = torch.zeros(1, 3, 29, 29)
+    point[:, 1, 14, 14] = 255
+    spread = corrupted(point, "blur", severity, split)
+    assert spread[:, [0, 2]].abs().max() == 0 and spread.sum().item() == pytest.approx(255, rel=0.02)
+    distance = torch.arange(29.0) - 14
+    variance = (spread[0, 1].sum(0) * distance**2).sum() / 255
+    assert variance.item() == pytest.approx(amount["blur"]**2, rel=0.15)
+    torch.testing.assert_close(on(77, "blur"), torch.full((400, 1, 28, 28), 77.0), rtol=0, atol=1e-3)
+
+
+# What is relevant.
+
+def test_attention_figures_by_hand():
+    row = torch.tensor([[[0.5, 0.25, -0.5, 0.0, 0.75], [0.2, 0.2, 0.2, 0.2, 0.2]]])  # an image, two heads, 4 patches
+    relevant, ink = torch.tensor([[True, False, False, True]]), torch.tensor([[True, True, False, True]])
+    figures = {name: figure[0].tolist() for name, figure in train.attention_figures(row, relevant, ink).items()}
+    assert figures["irrelevant_share"] == pytest.approx([0.5 / 1.5, 0.5])
+    assert figures["uniform_share"] == pytest.approx([0.5, 0.5])
+    assert figures["ink_share"] == pytest.approx([1.0, 0.75])
+    assert figures["negative_share"] == pytest.approx([0.25, 0.0])
+    assert figures["lambda"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    weights = [0.25, 0.125, 0.25, 0.375]
+    assert figures["entropy"] == pytest.approx([-sum(w * math.log(w) for w in weights), math.log(5)])
+    only_relevant = torch.tensor([[[0.1, 0.5, 0.0, 0.0, -0.4]]])
+    assert train.attention_figures(only_relevant, relevant, ink)["irrelevant_share"].item() == 0
+
+
+class Looker(torch.nn.Module):
+    """A model whose class token looks as `look` says: images (B, C, H, W) -> weights of the patches (B, P)."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def attention_maps(self, images):
+        weights = F.pad(self.look(images), (1, 0))
+        return [weights[:, None, None].expand(-1, 2, weights.shape[1], -1)]
+
+
+def measured(look, split, settings):
+    rows = train.measure_attention(Looker(look), split, settings | dict(depth=1))
+    assert [(row["block"], row["head"]) for row in rows] == [(0, 0), (0, 1)] * (len(rows) // 2)
+    return {row["condition"]: row for row in rows}
+
+
+def test_a_map_of_relevant_patches_scores_nothing_on_the_irrelevant_and_a_uniform_one_its_share(mnist):
+    split = train.Split(mnist["test"].images[:1_500], mnist["test"].labels[:1_500])
+    settings = train.resolve_settings(train.parse_flags([]), "vit", "mnist", 0, CPU)
+    black = train.normalize(torch.zeros(1, 1, 28, 28), "mnist")[0, 0, 0, 0]
+    empty = [image[0, 7 * y:7 * y + 7, 7 * x:7 * x + 7].max() == 0
+             for image in split.images.numpy() for y in range(4) for x in range(4)]
+
+    def ink(images):
+        return F.max_pool2d((images[:, :1] > black + 1e-4).float(), images.shape[2] // 4)
+
+    uniform = measured(lambda images: torch.full((len(images), 16), 1 / 16), split, settings)
+    seeing = measured(lambda images: ink(images).flatten(1), split, settings)
+    blind = measured(lambda images: 1 - ink(images).flatten(1), split, settings)  # or nothing, where all is ink
+    assert list(uniform) == ["clean", "gaussian_noise_3", "distractors_3"]
+    for row in uniform.values():
+        assert row["irrelevant_share"] == pytest.approx(statistics.fmean(empty))
+        assert row["uniform_share"] == pytest.approx(statistics.fmean(empty))
+        assert row["signal_to_noise"] == pytest.approx(1) and row["lambda"] == pytest.approx(0)
+        assert row["ink_share"] == pytest.approx(1 - statistics.fmean(empty))
+        assert row["entropy"] == pytest.approx(math.log(16)) and row["negative_share"] == 0
+    assert seeing["clean"]["irrelevant_share"] == 0 and seeing["clean"]["signal_to_noise"] == math.inf
+    some_empty = [any(empty[i:i + 16]) for i in range(0, len(empty), 16)]
+    assert blind["clean"]["irrelevant_share"] == pytest.approx(statistics.fmean(some_empty))
+    assert blind["clean"]["ink_share"] == 0
+    assert 0 < seeing["distractors_3"]["irrelevant_share"] < uniform["clean"]["uniform_share"]  # relevant is the object
+
+
+def test_on_canvases_the_object_alone_is_relevant_however_many_distractors_there_are(mnist):
+    split, settings = train.Split(mnist["test"].images[:1_100], mnist["test"].labels[:1_100]), cluttered()
+    black = train.normalize(torch.zeros(1, 1, 1, 1), "clutteredmnist").item()
+
+    def ink(images):
+        return F.max_pool2d((images > black + 1e-4).float(), 6).flatten(1)
+
+    rows = measured(ink, split, settings)
+    assert list(rows) == ["0_distractors", "4_distractors", "8_distractors", "16_distractors", "gaussian_noise_3"]
+    by_count = list(rows.values())[:4]
+    assert by_count[0]["irrelevant_share"] == 0
+    assert all(more["irrelevant_share"] > fewer["irrelevant_share"] for fewer, more in zip(by_count, by_count[1:]))
+    assert len({row["uniform_share"] for row in by_count}) == 1 and 0.7 < by_count[0]["uniform_share"] < 0.9
+    assert all(row["ink_share"] == pytest.approx(1) for row in by_count)
+    assert "6_distractors" in measured(ink, split, settings | dict(distractors=6))
+
+
+@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"])
+def test_lambda_is_the_weight_of_the_second_map_of_each_head(mnist, name):
+    split = train.Split(mnist["test"].images[:1_000], mnist["test"].labels[:1_000])
+    settings = train.resolve_settings(train.parse_flags([]), name, "mnist", 0, CPU)
+    torch.manual_seed(0)
+    model = random_(train.make_model(settings)).float()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 10  # so that maps differ, and by more than lambda
+    rows = [row for row in train.measure_attention(model, split, settings) if row["condition"] == "clean"]
+    expected = []
+    with torch.no_grad():
+        for attn, x in model.attention_inputs(train.normalize(split.images.float(), "mnist")):
+            if name == "vit":
+                expected += [0.0, 0.0]
+            elif name == "vitdiffv2":
+                expected += attn.lam(x)[:, :, 0, 0].mean(0).tolist()
+            else:
+                expected += [attn.lam().item()] * attn.num_heads
+    assert [row["lambda"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert all((row["negative_share"] > 0.01) == (name != "vit") for row in rows)
+
+
 # The loop.
 
 def make_run(mnist, *flags, count=2_500, model="vit", seeds=(0,), sizes=TINY):
@@ -579,6 +839,22 @@ def test_muon_takes_the_blocks_matrices_and_decay_spares_norms_biases_tokens_and
         f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     decayed = {parameter for parameter, i in owners.items() if decays[id(stack.flats[i])] and i > 0}
     assert decayed == {"patch_embed.proj.weight", "head.fc1.weight", "head.fc2.weight"}
+
+
+def test_canvases_depend_on_seed_and_epoch_alone_and_are_new_in_every_epoch(mnist):
+    settings = cluttered()
+    split = train.Split(mnist["train"].images[:300], mnist["train"].labels[:300])
+
+    def canvases(seeds, epoch, row=0):
+        order, noise = train.draw_epoch(seeds, epoch, split, settings)
+        pixels = train.training_pixels(split, order[row], noise[row], settings)
+        return pixels[order[row].argsort()]  # in the order of the split
+
+    first = canvases([0], 1)
+    assert first.shape == (300, 1, 60, 60)
+    assert torch.equal(first, canvases([0], 1)) and torch.equal(first, canvases([3, 0], 1, row=1))
+    for other in (canvases([0], 2), canvases([1], 1)):
+        assert all(not torch.equal(one, another) for one, another in zip(first, other))
 
 
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone(mnist, monkeypatch):
@@ -790,6 +1066,100 @@ def test_args_txt_repeats_a_run_and_a_run_killed_and_resumed_is_as_one_never_bro
         assert summaries[0][name] == summaries[1][name]
 
 
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_analysis_is_of_the_best_weights_and_eval_makes_it_again_to_the_byte(finished, mnist, tmp_path, capsys):
+    config, summary = (json.loads((finished / name).read_text()) for name in ("config.json", "summary.json"))
+    model = train.make_model(config)
+    model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
+    noise = read_table(finished / "noise.csv")
+    assert [(row["corruption"], row["severity"]) for row in noise] == [
+        (name, str(severity)) for name in train.CORRUPTIONS for severity in range(1, 6)]
+    (row,) = [row for row in noise if (row["corruption"], row["severity"]) == ("distractors", "4")]
+    damaged = torch.cat([corrupted(part.float(), "distractors", 4, mnist["test"], first=1_000 * i)
+                         for i, part in enumerate(mnist["test"].images.split(1_000))])
+    loss, accuracy = loss_by_hand(model, train.Split(damaged, mnist["test"].labels), config)
+    assert float(row["test_loss"]) == pytest.approx(loss, abs=1e-5)
+    assert float(row["test_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    attention = read_table(finished / "attention.csv")
+    assert list(attention[0]) == ["condition", "block", "head", "irrelevant_share", "uniform_share", "ink_share",
+                                  "entropy", "negative_share", "lambda", "signal_to_noise"]
+    assert [(row["condition"], row["block"], row["head"]) for row in attention] == [
+        (condition, "0", str(head)) for condition in ("clean", "gaussian_noise_3", "distractors_3")
+        for head in range(2)]
+    with numpy.load(finished / "attention.npz") as arrays:
+        assert arrays["labels"].tolist() == list(range(8)) and arrays["images"].dtype == numpy.uint8
+        for label, image in enumerate(arrays["images"]):
+            first = (mnist["test"].labels == label).nonzero()[0].item()
+            assert (image == mnist["test"].images[first].numpy()).all()
+        with torch.no_grad():
+            maps = model.eval().attention_maps(train.normalize(torch.from_numpy(arrays["images"]).float(), "mnist"))
+        assert set(arrays) == {"images", "labels", "map_0"} and arrays["map_0"].shape == (8, 2, 5, 5)
+        assert abs(arrays["map_0"] - maps[0].numpy()).max() < 1e-3
+    folder = copy_run(finished, tmp_path)
+    for name in ANALYSIS:
+        (folder / name).unlink()
+    assert command("--eval", folder, "--no-analysis") == 0
+    assert not any((folder / name).exists() for name in ANALYSIS)
+    assert command("--eval", folder) == 0
+    for name in ANALYSIS:
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+    assert (folder / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    assert 0 < summary["analysis_seconds"] < 600
+
+
+def test_a_run_is_finished_only_when_it_is_analysed(tmp_path, monkeypatch, capsys):
+    real, folder = train.load_splits, tmp_path / "clutteredmnist-vitdiffv2-seed0"
+
+    def smaller(*args):
+        splits = {name: train.Split(split.images[:1_000], split.labels[:1_000])
+                  for name, split in real(*args).items()}
+        return splits
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_splits", smaller)
+    flags = [*TINY, "--model", "vitdiffv2", "--dataset", "clutteredmnist", "--patch-size", "12", "--epochs", "1",
+             "--analysis", "--runs-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure_attention", interrupt)
+        assert command(*flags) == 130
+    assert not (folder / "summary.json").exists() and not (folder / "attention.csv").exists()
+    assert command(*flags) == 0
+    assert "going on after epoch 1 of 1" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == set(train.RECORDS)
+    assert json.loads((folder / "config.json").read_text())["distractors"] == 4
+    assert "--distractors 4\n" in (folder / "args.txt").read_text()
+    assert {row["condition"] for row in read_table(folder / "attention.csv")} == {
+        "0_distractors", "4_distractors", "8_distractors", "16_distractors", "gaussian_noise_3"}
+    with numpy.load(folder / "attention.npz") as arrays:
+        assert arrays["images"].shape == (8, 1, 60, 60) and arrays["map_0"].shape == (8, 2, 26, 26)
+    assert command(*flags, "--distractors", "8") == 2
+    assert_one_line(capsys, "distractors is 4 there and 8 here")
+
+
+def test_an_attention_that_shows_no_map_is_refused_before_training_unless_without_analysis(
+        tmp_path, monkeypatch, capsys):
+    class Mean(torch.nn.Module):
+        def __init__(self, dim, num_heads, depth, qkv_bias):
+            super().__init__()
+            self.proj = torch.nn.Linear(dim, dim)
+
+        def forward(self, x):
+            return self.proj(x.mean(1, keepdim=True).expand_as(x))
+
+    monkeypatch.setitem(MODELS, "vitmean", dict(attention=Mean))
+    flags = [*TINY, "--model", "vitmean", "--epochs", "1", "--runs-dir", tmp_path / "runs"]
+    assert command(*flags, "--analysis") == 2
+    assert_one_line(capsys, "vitmean: Mean has no attention_map(x)", "--no-analysis")
+    assert not (tmp_path / "runs").exists()
+    assert command(*flags) == 0
+
+
 def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     train.write_whole(path, "old")
@@ -879,13 +1249,13 @@ def test_each_seed_of_a_stack_has_records_of_its_own(finished_stack, capsys):
     folders = [finished_stack / f"mnist-vitdiff-seed{seed}" for seed in range(3)]
     assert sorted(finished_stack.iterdir()) == folders
     for seed, folder in enumerate(folders):
-        assert {path.name for path in folder.iterdir()} == set(train.RECORDS)
+        assert {path.name for path in folder.iterdir()} == set(train.RECORDS) - ANALYSIS  # by --no-analysis
         config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
         assert config["seed"] == summary["seed"] == seed and config["stack"] == 3
         assert f"--seed {seed}\n" in (folder / "args.txt").read_text()
         assert (folder / "best.pt").stat().st_size < 3 * 4 * config["parameters"]  # one seed's weights, not all
         capsys.readouterr()
-        assert command("--eval", folder) == 0
+        assert command("--eval", folder, "--no-analysis") == 0
         again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines())
         assert again == recorded
     assert len({tuple(untimed(folder)[-1]) for folder in folders}) == 3
@@ -1186,6 +1556,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
     (["--device", "cuda:99"], ["--device cuda:99 is not there", "--device auto"]),
     (["--device", "gpu"], ["--device gpu is not there"]),
     (["--nonsense"], ["--nonsense"]),
+    (["--distractors", "4"], ["--distractors: mnist has none", "clutteredmnist or clutteredfashionmnist"]),
+    (["--dataset", "clutteredmnist", "--distractors=-1"], ["--distractors: '-1' is not a whole number of at least 0"]),
     (["--stack", "0"], ["--stack: '0' is not a whole number of at least 1"]),
     (["--benchmark", "all"], ["--benchmark", "steps", "growth"]),
     (["@missing.txt"], ["missing.txt", "No such file"]),
@@ -1245,7 +1617,7 @@ def test_the_commands_of_the_readme_in_miniature(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err == "", err
     assert f"{summary['test_accuracy']:.2%}" in out
-    for name in ("val-loss", "val-accuracy", "lambda"):
+    for name in ("val-loss", "val-accuracy", "lambda", "noise", "relevance", "maps", "blocks"):
         assert (tmp_path / f"mnist-{name}.png").read_bytes().startswith(b"\x89PNG")
     collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=HERE,
                                capture_output=True, text=True)
@@ -1271,9 +1643,32 @@ def record(root, model="vit", seed=0, dataset="mnist", epochs=20, values=None, l
     return folder
 
 
+def analyse(folder, accuracies, share, entropy=2.0, negative=0.0, weight=0.1):
+    """Made-up results of an analysis: accuracies {corruption: five}, figures of two blocks and heads, and a map."""
+    with open(folder / "noise.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["corruption", "severity", "test_loss", "test_accuracy"])
+        writer.writerows([name, severity, 1.0, accuracy] for name, values in accuracies.items()
+                         for severity, accuracy in enumerate(values, 1))
+    with open(folder / "attention.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["condition", "block", "head", "irrelevant_share", "uniform_share", "ink_share", "entropy",
+                         "negative_share", "lambda", "signal_to_noise"])
+        writer.writerows([condition, block, head, share + 0.1 * block + 0.02 * head + more, 0.4, 0.6, entropy, negative,
+                          0.2 + 0.3 * block, 2.0 + head]
+                         for condition, more in [("clean", 0.0), ("gaussian_noise_3", 0.05)]
+                         for block in range(2) for head in range(2))
+    maps = numpy.zeros((8, 2, 17, 17), dtype=numpy.float16)
+    maps[:, :, 0, 1:] = weight
+    maps[0, 0, 0, 6] = -3 * weight  # of the second row's second patch; the mean of the heads is -weight
+    numpy.savez(folder / "attention.npz", images=numpy.full((8, 1, 28, 28), 9, numpy.uint8), labels=numpy.arange(8),
+                map_0=numpy.ones_like(maps), map_1=maps)
+
+
 def charts(root, dataset="mnist"):
     datasets, _ = plot.group_runs(plot.find_runs(root)[0])
-    return plot.make_charts(dataset, datasets[dataset], plot.pick_styles(datasets))
+    groups, styles = datasets[dataset], plot.pick_styles(datasets)
+    return plot.make_charts(dataset, groups, styles) | plot.draw_analyses(dataset, groups, styles)
 
 
 def lines_of(axes):
@@ -1364,6 +1759,84 @@ def test_the_table_has_means_and_confidence_intervals_and_bold_for_the_best(tmp_
     assert plot.confidence([1.0]) is None
 
 
+def record_analyses(root):
+    """Two seeds of `vit` and one of `vitdiff` with made-up analyses, and a run without."""
+    for seed in range(2):
+        analyse(record(root, "vit", seed), dict(blur=[0.9, 0.8, 0.7, 0.6, 0.5 - 0.1 * seed], shot_noise=[0.6] * 5),
+                share=0.2 + 0.02 * seed)
+    analyse(record(root, "vitdiff", 0), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.1,
+            negative=0.25, weight=0.2)
+    record(root, "vitdiffv2", 0)
+
+
+def test_charts_of_an_analysis_show_its_figures(tmp_path):
+    record_analyses(tmp_path)
+    figures = charts(tmp_path)
+    panels = {axes.get_title(): axes for axes in figures["noise"].axes}
+    assert set(panels) == {"blur", "shot noise"}
+    lines = lines_of(panels["blur"])
+    assert set(lines) == {"vit", "vitdiff"}
+    assert lines["vit"].get_ydata() == pytest.approx([0.9805, 0.9, 0.8, 0.7, 0.6, 0.45])  # severity 0 is the clean test
+    assert lines["vitdiff"].get_ydata() == pytest.approx([0.98, 0.9, 0.9, 0.8, 0.8, 0.6])
+    (band,) = panels["blur"].collections
+    heights = {round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}
+    assert {round(0.45 - 0.1 / math.sqrt(2), 6), round(0.45 + 0.1 / math.sqrt(2), 6)} <= heights
+
+    for block, axes in enumerate(figures["relevance"].axes):
+        assert axes.get_title() == f"block {block}"
+        vit, vitdiff = (bars for bars in axes.containers if hasattr(bars, "patches"))
+        assert [bar.get_height() for bar in vit.patches] == pytest.approx([0.22 + 0.1 * block, 0.27 + 0.1 * block])
+        assert [bar.get_height() for bar in vitdiff.patches] == pytest.approx([0.11 + 0.1 * block, 0.16 + 0.1 * block])
+        (interval,) = vit.errorbar.lines[2]
+        ends = interval.get_segments()[0][:, 1]
+        assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * 0.01)  # Student's t, 1 degree; deviation 0.02 / sqrt 2
+        assert vitdiff.errorbar is None  # of one seed there is none
+        assert {tuple(line.get_ydata()) for line in axes.get_lines() if line.get_linestyle() == "--"} == {(0.4, 0.4)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "gaussian noise, severity 3"]
+
+    shown = [image for axes in figures["maps"].axes for image in axes.images if image.get_cmap().name == "RdBu_r"]
+    assert len(shown) == 16
+    for image, weight in zip(shown, [0.1] * 8 + [0.2] * 8):
+        assert image.get_clim() == pytest.approx((-weight, weight), rel=1e-3)  # white is zero, one scale a row
+        assert image.get_array()[0, 0] == pytest.approx(weight, rel=1e-3)
+    assert [image.get_array()[1, 1] for image in shown[::8]] == pytest.approx([-0.1, -0.2], rel=1e-3)
+
+    blocks = {(axes.get_ylabel(), axes.get_title()): axes for axes in figures["blocks"].axes}
+    negative = [container.lines[0].get_ydata().tolist()
+                for container in blocks["share of negative weight", ""].containers]
+    assert negative == [[0, 0], [0.25, 0.25]]
+    assert blocks["lambda", ""].containers[0].lines[0].get_ydata() == pytest.approx([0.2, 0.5])
+
+
+def test_tables_of_an_analysis_are_means_with_intervals_and_ratios_to_vit(tmp_path):
+    record_analyses(tmp_path)
+    groups = plot.group_runs(plot.find_runs(tmp_path)[0])[0]["mnist"]
+    table = plot.noise_table("mnist", plot.with_analysis(groups, "noise"))
+    half = 12.706 * 0.01 / math.sqrt(2) / math.sqrt(2)  # of the mean errors 0.35 and 0.36
+    assert f"| vit | 2 | 31.0% (1.00) | 40.0% (1.00) | 35.5% ± {half:.1%} (1.00) |" in table
+    assert f"| vitdiff | 1 | 20.0% ({0.2 / 0.31:.2f}) | 60.0% (1.50) | 40.0% ({0.4 / 0.355:.2f}) |" in table
+    assert "vitdiffv2" not in table
+    without = plot.noise_table("mnist", {"vitdiff": groups["vitdiff"]})
+    assert "| vitdiff | 1 | 20.0% | 60.0% | 40.0% |" in without
+    table = plot.attention_table("mnist", plot.with_analysis(groups, "attention"))
+    assert "attention to the irrelevant in block 1" in table
+    assert "| vit | 2 | 32.0% ± 12.7% (2.50) | 37.0% ± 12.7% (2.50) |" in table
+    assert "| uniform attention | | 40.0% (1.00) | 40.0% (1.00) |" in table
+
+
+@pytest.mark.parametrize("name, content", [
+    ("noise.csv", b"corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"), ("noise.csv", b"\xff\x00"),
+    ("attention.csv", b"condition,block,head\nclean,0,0\n"), ("attention.csv", b"condition,block\nclean,x\n"),
+    ("attention.npz", b""), ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive")])
+def test_a_damaged_analysis_is_named(tmp_path, name, content):
+    record_analyses(tmp_path)
+    (tmp_path / "mnist-vit-seed1" / name).write_bytes(content)
+    runs, skipped = plot.find_runs(tmp_path)
+    assert len(runs) == 3
+    (line,) = skipped
+    assert line.startswith(f"{tmp_path / 'mnist-vit-seed1'}: damaged: {name} (")
+
+
 def test_plot_names_what_it_skips_and_needs_neither_torch_nor_data(tmp_path):
     record(tmp_path / "reference", "vit")
     (record(tmp_path, "vitdiff") / "summary.json").unlink()
@@ -1401,13 +1874,17 @@ def test_readme_has_the_benchmarks_as_they_were_written(name):
 def test_readme_tables_are_those_of_the_reference_runs():
     runs, skipped = plot.find_runs(HERE / "runs/reference")
     datasets, doubled = plot.group_runs(runs)
-    assert set(datasets) == {"mnist", "fashionmnist"} and not skipped and not doubled
+    assert set(datasets) == {"mnist", "fashionmnist", "clutteredmnist"} and not skipped and not doubled
     readme = (HERE / "README.md").read_text()
     for dataset, groups in datasets.items():
         table = plot.write_table(dataset, groups)
         assert (HERE / f"runs/reference/{dataset}-table.md").read_text() == table
         rows = [line for line in table.splitlines() if line.startswith("| vit")]
         assert len(rows) == len(groups) and all(row in readme for row in rows)
+        for name, make_table in [("noise", plot.noise_table), ("attention", plot.attention_table)]:
+            table = make_table(dataset, groups)
+            assert (HERE / f"runs/reference/{dataset}-{name}-table.md").read_text() == table
+            assert table.split("\n\n")[1] in readme
 
 
 @pytest.mark.parametrize("flags, words", [

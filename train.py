@@ -877,8 +877,8 @@ def attention_figures(row, relevant, ink):
     row: its signed weights (B, H, 1 + P), the first that of itself. relevant, ink: patches with any of the object, and
     with anything at all, (B, P). Weight is absolute; shares of patches are of the weight on patches.
     """
-    weight = row.abs() / row.abs().sum(2, keepdim=True)
-    on_patches = weight[:, :, 1:] / weight[:, :, 1:].sum(2, keepdim=True)
+    weight = F.normalize(row.abs(), p=1, dim=2)
+    on_patches = F.normalize(weight[:, :, 1:], p=1, dim=2)
     return dict(
         irrelevant_share=(on_patches * ~relevant[:, None]).sum(2),
         uniform_share=(~relevant).float().mean(1, keepdim=True).expand(row.shape[:2]),

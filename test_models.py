@@ -1187,12 +1187,29 @@ def test_cuda_agrees_with_the_cpu(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
-def test_cuda_gives_the_same_record_for_the_same_seed(tmp_path, amp):
+@pytest.mark.parametrize("amp, dataset", [
+    ("off", "mnist"), ("bfloat16", "mnist"), ("float16", "mnist"), ("bfloat16", "clutteredmnist")])
+def test_cuda_gives_the_same_record_for_the_same_seed(tmp_path, amp, dataset):
     for runs in ("first", "second"):
-        assert command(*TINY, "--device", "cuda", "--amp", amp, "--epochs", "2", "--runs-dir", tmp_path / runs) == 0
-    first, second = (untimed(tmp_path / runs / "mnist-vitdiff-seed0") for runs in ("first", "second"))
-    assert first == second
+        assert command(*TINY, "--dataset", dataset, "--patch-size", "14" if dataset == "mnist" else "12", "--device",
+                       "cuda", "--amp", amp, "--epochs", "2", "--analysis", "--runs-dir", tmp_path / runs) == 0
+    first, second = (tmp_path / runs / f"{dataset}-vitdiff-seed0" for runs in ("first", "second"))
+    assert untimed(first) == untimed(second)
+    for name in ANALYSIS:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_has_the_canvases_of_the_cpu_and_the_same_corruption_at_every_call(mnist):
+    split = train.Split(*(part[:1_000] for part in mnist["test"]))
+    there = train.Split(*(part.cuda() for part in split))
+    train.pick_device("cuda")  # which asks for deterministic algorithms
+    (_, expected), = train.evaluation_pixels(split, cluttered())
+    (index, canvases), = train.evaluation_pixels(there, cluttered())
+    assert torch.equal(canvases.cpu(), expected)
+    for name in train.CORRUPTIONS:
+        first, second = (train.corrupt(canvases, name, 3, index, there) for _ in range(2))
+        assert first.is_cuda and torch.equal(first, second) and not torch.equal(first, canvases)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -1444,7 +1461,7 @@ def test_peak_memory_is_the_most_that_new_tensors_take_at_a_time():
 
 def test_growth_finds_exponents(tmp_path, monkeypatch, capsys):
     """With a clock by which a step takes the square of its batch, and the memory as it is: about linear in it."""
-    monkeypatch.setattr(train, "GROWTH", dict(batch_size=[500, 1000, 2000], patch_size=[14, 7]))
+    monkeypatch.setattr(train, "GROWTH", dict(batch_size=[500, 1000, 2000], patch_size=[14, 7, 5]))
     monkeypatch.setattr(train, "time_in_turn", lambda functions, device, rounds, calls: [
         [1e-6 * 500**2], [1e-6 * 1000**2], [1e-6 * 2000**2], [1.0], [10.0]])
     assert command(*TINY, "--benchmark", "growth", "--model", "vit", "--runs-dir", tmp_path) == 0

@@ -6,6 +6,7 @@ Dosovitskiy et al. 2020 (arXiv 2010.11929), pre-norm, with the names of timm's s
 """
 
 import inspect
+import itertools
 
 import torch
 from torch import nn
@@ -161,9 +162,10 @@ class ViT(nn.Module):
     def attention_inputs(self, images):
         """What each block's attention sees: images (B, C, H, W) -> pairs of (attention module, tokens (B, N, dim))."""
         x = self.embed(images)
-        for block in self.blocks:
+        yield self.blocks[0].attn, self.blocks[0].norm1(x)
+        for before, block in itertools.pairwise(self.blocks):
+            x = before(x)
             yield block.attn, block.norm1(x)
-            x = block(x)
 
     def attention_maps(self, images):
         """The signed attention maps: images (B, C, H, W) -> list of (B, H, N, N), one a block."""

@@ -889,7 +889,7 @@ def attention_figures(row, relevant, ink):
         irrelevant_share=(on_patches * ~relevant[:, None]).sum(2),
         uniform_share=(~relevant).float().mean(1, keepdim=True).expand(row.shape[:2]),
         ink_share=(on_patches * ink[:, None]).sum(2),
-        entropy=torch.special.entr(weight).sum(2),
+        entropy=-torch.xlogy(weight, weight).sum(2),
         negative_share=(weight * (row < 0)).sum(2),
         **{"lambda": 1 - row.sum(2)})
 
@@ -911,7 +911,7 @@ def measure_attention(model, split, settings):
             for images, *masks in in_parts(whole, relevant, ink):
                 for block, attention_map in enumerate(model.attention_maps(images)):
                     figures = attention_figures(attention_map[:, :, 0], *masks)
-                    sums[block] += torch.stack([figure.double().sum(0) for figure in figures.values()])
+                    sums[block] += torch.stack([figure.sum(0) for figure in figures.values()]).cpu().double()
         for block, total in enumerate(sums):
             for head, means in enumerate((total / len(split.labels)).T.tolist()):
                 means = dict(zip(figures, means))

@@ -304,6 +304,34 @@ def with_analysis(groups, name):
     return {label: members for label, members in kept.items() if members}
 
 
+def all_runs(groups):
+    return [run for members in groups.values() for run in members]
+
+
+def shared_corruptions(groups):
+    """The corruptions that every run has met."""
+    first, *others = (run["analysis"]["noise"] for run in all_runs(groups))
+    return [name for name in first if all(name in other for other in others)]
+
+
+def attention_of(run, condition, block, figure):
+    """A figure of a run's attention; not a number where it has no such block or was not shown the condition."""
+    return run["analysis"]["attention"].get(condition, {}).get(block, {}).get(figure, math.nan)
+
+
+def attention_axes(groups):
+    """Conditions and blocks of all runs."""
+    found = [run["analysis"]["attention"] for run in all_runs(groups)]
+    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
+            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
+
+
+def uniform_share(groups, condition):
+    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
+    return next(blocks["uniform_share"] for run in all_runs(groups)
+                for blocks in run["analysis"]["attention"].get(condition, {}).values())
+
+
 def readable(name):
     """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
     words = name.split("_")
@@ -319,7 +347,7 @@ def seeds_note(groups, what):
 
 def draw_noise(dataset, groups, styles):
     """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
-    names = list(dict.fromkeys(name for members in groups.values() for name in members[0]["analysis"]["noise"]))
+    names = shared_corruptions(groups)
     rows = math.ceil(len(names) / 3)
     figure = Figure(figsize=(11, 0.6 + 3.3 * rows), layout="constrained")
     panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
@@ -362,24 +390,22 @@ def legend_below(figure, columns=5):
 def draw_relevance(dataset, groups, styles):
     """The share of the class token's weight on patches without the object: a bar a model and condition, a panel a
     block."""
-    first = next(iter(groups.values()))[0]["analysis"]["attention"]
-    blocks = list(next(iter(first.values())))
+    conditions, blocks = attention_axes(groups)
     figure = Figure(figsize=(11, 0.8 + 3 * len(blocks)), layout="constrained")
     for axes, block in zip(figure.subplots(len(blocks), 1, sharex=True, sharey=True, squeeze=False).flat, blocks):
         for place, (label, members) in enumerate(groups.items()):
             offset = 0.8 * ((place + 0.5) / len(groups) - 0.5)
-            values = [[run["analysis"]["attention"][condition][block]["irrelevant_share"] for run in members]
-                      for condition in first]
-            axes.bar([i + offset for i in range(len(first))], [statistics.fmean(own) for own in values],
+            values = [[attention_of(run, condition, block, "irrelevant_share") for run in members]
+                      for condition in conditions]
+            axes.bar([i + offset for i in range(len(conditions))], [statistics.fmean(own) for own in values],
                      0.8 / len(groups), color=styles[label]["color"], alpha=0.85, edgecolor="white", label=label,
-                     yerr=[confidence(own) for own in values] if len(members) > 1 else None, capsize=2)
-        for i, condition in enumerate(first):
-            uniform = first[condition][block]["uniform_share"]
-            axes.plot([i - 0.45, i + 0.45], [uniform] * 2, color="0.3", linestyle=(0, (4, 2)), linewidth=1.2,
-                      label="uniform attention" if i == 0 else None)
+                     yerr=[confidence(own) or 0.0 for own in values] if len(members) > 1 else None, capsize=2)
+        for i, condition in enumerate(conditions):
+            axes.plot([i - 0.45, i + 0.45], [uniform_share(groups, condition)] * 2, color="0.3", linestyle="--",
+                      linewidth=1.2, label="uniform attention" if i == 0 else None)
         axes.set_title(f"block {block}", fontsize="medium")
         axes.set_ylabel("share of its weight")
-        axes.set_xticks(range(len(first)), [readable(condition) for condition in first])
+        axes.set_xticks(range(len(conditions)), map(readable, conditions))
         axes.tick_params(axis="x", length=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         tidy(axes)
@@ -406,7 +432,7 @@ def draw_maps(dataset, groups):
     for row, (label, run) in zip(rows[1:], runs.items()):
         maps = run["analysis"]["maps"]
         largest, size = abs(maps).max(), images.shape[-1]
-        for axes, image, weights in zip(row, images, maps):
+        for axes, image, weights in zip(row, run["analysis"]["images"], maps):
             shown = axes.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest,
                                 extent=(-0.5, size - 0.5, size - 0.5, -0.5))
             axes.contour(image.max(0), levels=[80], colors="black", linewidths=0.6)
@@ -422,20 +448,20 @@ def draw_maps(dataset, groups):
 def draw_blocks(dataset, groups, styles):
     """Entropy, share of negative weight and lambda of the class token's row by block: a row a figure, a column a
     condition, clean and noisy."""
-    first = next(iter(groups.values()))[0]["analysis"]["attention"]
-    conditions = [next(iter(first)), *(name for name in first if name.startswith("gaussian"))]
+    conditions, blocks = attention_axes(groups)
+    conditions = [conditions[0], *(name for name in conditions if name.startswith("gaussian"))]
     titles = dict(entropy="entropy (nats)", negative_share="share of negative weight", **{"lambda": "lambda"})
     figure = Figure(figsize=(8, 7.5), layout="constrained")
     for row, (name, title) in zip(figure.subplots(3, len(conditions), sharex=True, sharey="row", squeeze=False),
                                   titles.items()):
         for axes, condition in zip(row, conditions):
             for label, members in groups.items():
-                blocks = members[0]["analysis"]["attention"][condition]
-                values = [[run["analysis"]["attention"][condition][block][name] for run in members] for block in blocks]
-                axes.errorbar(list(blocks), [statistics.fmean(own) for own in values],
-                              [confidence(own) for own in values] if len(members) > 1 else None, **styles[label],
+                values = [[attention_of(run, condition, block, name) for run in members] for block in blocks]
+                axes.errorbar(blocks, [statistics.fmean(own) for own in values],
+                              [confidence(own) or 0.0 for own in values] if len(members) > 1 else None,
+                              **styles[label],
                               linewidth=1.5, markersize=5, capsize=2, label=label)
-            axes.set_xticks(list(blocks), [f"block {block}" for block in blocks])
+            axes.set_xticks(blocks, [f"block {block}" for block in blocks])
             axes.margins(x=0.15)
             tidy(axes)
         row[0].set_ylabel(title)
@@ -449,8 +475,8 @@ def draw_blocks(dataset, groups, styles):
 
 
 def confidence(values):
-    """Half the 95% confidence interval of the mean, by Student's t; None for a single value."""
-    if len(values) < 2:
+    """Half the 95% confidence interval of the mean, by Student's t; None for a single value, or one that is none."""
+    if len(values) < 2 or any(math.isnan(value) for value in values):
         return None
     return T_95[min(len(values) - 2, len(T_95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -495,7 +521,7 @@ def draw_analyses(dataset, groups, styles):
 
 def noise_table(dataset, groups):
     """Mean corruption errors in Markdown: the mean over severities of the error, and its ratio to that of `vit`."""
-    names = list(next(iter(groups.values()))[0]["analysis"]["noise"])
+    names = shared_corruptions(groups)
 
     def errors(run):  # of each corruption, then their mean
         means = [1 - statistics.fmean(run["analysis"]["noise"][name]) for name in names]
@@ -520,19 +546,21 @@ def noise_table(dataset, groups):
 def attention_table(dataset, groups):
     """The share of the class token's weight on irrelevant patches in the last block, and the ratio of relevant to
     irrelevant weight per patch, in Markdown."""
-    first = next(iter(groups.values()))[0]["analysis"]["attention"]
-    last = max(next(iter(first.values())))
-    lines = [f"## {dataset}: attention to the irrelevant in block {last} (signal-to-noise ratio)", "",
-             f"| model | seeds | {' | '.join(map(readable, first))} |", "|---" + "|---:" * (len(first) + 1) + "|"]
+    conditions, _ = attention_axes(groups)
+    lines = [f"## {dataset}: attention to the irrelevant in the last block (signal-to-noise ratio)", "",
+             f"| model | seeds | {' | '.join(map(readable, conditions))} |",
+             "|---" + "|---:" * (len(conditions) + 1) + "|"]
     for label, members in groups.items():
-        cells = []
-        for condition in first:
-            share, ratio = ([run["analysis"]["attention"][condition][last][name] for run in members]
+        cells, (_, blocks) = [], attention_axes({label: members})
+        for condition in conditions:
+            share, ratio = ([attention_of(run, condition, blocks[-1], name) for run in members]
                             for name in ("irrelevant_share", "signal_to_noise"))
-            half = f" ± {confidence(share):.1%}" if len(members) > 1 else ""
-            cells.append(f"{statistics.fmean(share):.1%}{half} ({statistics.fmean(ratio):.2f})")
+            half = confidence(share)
+            half = f" ± {half:.1%}" if half is not None else ""
+            text = f"{statistics.fmean(share):.1%}{half} ({statistics.fmean(ratio):.2f})"
+            cells.append("" if math.isnan(sum(share)) else text)
         lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
-    uniform = [f"{blocks[last]['uniform_share']:.1%} (1.00)" for blocks in first.values()]
+    uniform = [f"{uniform_share(groups, condition):.1%} (1.00)" for condition in conditions]
     lines.append(f"| uniform attention | | {' | '.join(uniform)} |")
     return "\n".join(lines) + "\n"
 

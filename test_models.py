@@ -1836,9 +1836,24 @@ def test_tables_of_an_analysis_are_means_with_intervals_and_ratios_to_vit(tmp_pa
     without = plot.noise_table("mnist", {"vitdiff": groups["vitdiff"]})
     assert "| vitdiff | 1 | 20.0% | 60.0% | 40.0% |" in without
     table = plot.attention_table("mnist", plot.with_analysis(groups, "attention"))
-    assert "attention to the irrelevant in block 1" in table
+    assert "attention to the irrelevant in the last block" in table
     assert "| vit | 2 | 32.0% ± 12.7% (2.50) | 37.0% ± 12.7% (2.50) |" in table
     assert "| uniform attention | | 40.0% (1.00) | 40.0% (1.00) |" in table
+
+
+def test_analyses_of_other_depths_and_conditions_are_drawn_side_by_side(tmp_path):
+    record_analyses(tmp_path)
+    other = record(tmp_path / "other", "vit", 0, depth=3, distractors=6)
+    analyse(other, dict(blur=[0.9] * 5), share=0.5)
+    text = (other / "attention.csv").read_text()
+    (other / "attention.csv").write_text(text.replace("clean", "6_distractors").replace("_3,1,", "_3,2,"))
+    figures = charts(tmp_path)
+    assert [axes.get_title() for axes in figures["relevance"].axes] == ["block 0", "block 1", "block 2"]
+    assert [axes.get_title() for axes in figures["noise"].axes] == ["blur"]
+    groups = plot.group_runs(plot.find_runs(tmp_path)[0])[0]["mnist"]
+    rows = plot.attention_table("mnist", plot.with_analysis(groups, "attention")).splitlines()
+    assert rows[2] == "| model | seeds | clean | gaussian noise, severity 3 | 6 distractors |"
+    assert "| vit, depth 3, distractors 6 | 1 |  | 66.0% (2.50) |  |" in rows  # what is not there is left out
 
 
 @pytest.mark.parametrize("name, content", [

@@ -915,6 +915,7 @@ def measure_attention(model, split, settings):
         for block, total in enumerate(sums):
             for head, means in enumerate((total / len(split.labels)).T.tolist()):
                 means = dict(zip(figures, means))
+                means["lambda"] = round(means["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
                 noise, uniform = means["irrelevant_share"], means["uniform_share"]
                 relevant_weight, irrelevant_weight = (1 - noise) * uniform, noise * (1 - uniform)
                 means["signal_to_noise"] = (relevant_weight / irrelevant_weight if irrelevant_weight

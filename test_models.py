@@ -603,9 +603,11 @@ def test_each_corruption_does_what_its_table_says(severity):
     assert set(hidden.unique().tolist()) == {0, 255} and torch.equal(hidden[:, 0], hidden[:, 2])
     areas = (hidden[:, 0] == 0).sum((1, 2))
     assert areas.min() >= side**2 and areas.max() == 4 * side**2  # squares may cover each other
+    assert (hidden[:, 0] == 0).any(0).float().mean() > 0.95  # and lie anywhere
     distracted = on(0, "distractors")[:, 0]
     side = amount["distractors"]
     assert ((distracted > 0).sum((1, 2)) <= 4 * side**2).all()
+    assert (distracted > 0).any(0).float().mean() > 0.95
     assert (distracted.sum((1, 2)) % side**2 == 0).all() and (distracted.sum((1, 2)) >= 4 * side**2).all()
     point = torch.zeros(1, 3, 29, 29)
     point[:, 1, 14, 14] = 255

@@ -1342,9 +1342,9 @@ def plan_stacks(args, device):
     plan, seeds = [], list(dict.fromkeys(args.seed))
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device)
+        facts, size = measure_model(settings), args.stack or len(seeds)
         if args.analysis and not args.benchmark:
             check_maps(settings)
-        facts, size = measure_model(settings), args.stack or len(seeds)
         reason = why_alone(settings) if min(size, len(seeds)) > 1 else None
         if reason:
             print(f"{model}: seeds are trained one after the other ({reason})", flush=True)

@@ -4,8 +4,9 @@
 
 Reads config.json, metrics.csv and summary.json of every finished run, and noise.csv, attention.csv and attention.npz
 where they are; needs neither torch nor data. Runs that differ in their seed alone are one line, their mean. Writes into
-the same folder DATASET-table.md and DATASET-val-loss.png, -val-accuracy.png, -lambda.png, and of the analyses
-DATASET-noise-table.md, DATASET-attention-table.md and DATASET-noise.png, -relevance.png, -maps.png, -blocks.png.
+the same folder DATASET-table.md, where there are several seeds with a test of each model against vit, and
+DATASET-val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png; and of the analyses DATASET-noise-table.md,
+DATASET-attention-table.md and DATASET-noise.png, -relevance.png, -maps.png, -blocks.png.
 """
 
 import argparse
@@ -15,21 +16,21 @@ import math
 import statistics
 import sys
 import zipfile
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
-# From NanoDiffVision's README, one run each: epochs and validation loss.
-PUBLISHED = {
-    ("mnist", "vit"): (20, 0.638),
-    ("mnist", "vitbalanced"): (20, 0.633),
-    ("mnist", "vitdiff"): (20, 0.624),
-    ("fashionmnist", "vit"): (30, 0.813),
-    ("fashionmnist", "vitbalanced"): (30, 0.792),
-    ("fashionmnist", "vitdiff"): (30, 0.788),
+Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
+PUBLISHED = {  # from NanoDiffVision's README, one run each
+    ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
+    ("mnist", "vitbalanced"): Published(20, 55_626, 0.633, 0.624, 0.9553),
+    ("mnist", "vitdiff"): Published(20, 38_106, 0.624, 0.618, 0.9575),
+    ("fashionmnist", "vit"): Published(30, 33_802, 0.813, 0.826, 0.8586),
+    ("fashionmnist", "vitbalanced"): Published(30, 55_626, 0.792, 0.798, 0.8679),
+    ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
 }
 MODELS = ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]  # the order of lines and rows; others follow
 # Okabe and Ito's colours, for colour-blind eyes; dashes and markers, for grey print.
@@ -151,8 +152,8 @@ def group_runs(runs):
         if config["seed"] in seeds:
             skipped.append(f"{folder}: same settings and seed as {seeds[config['seed']]['folder']}")
         else:
-            seeds[config["seed"]] = dict(folder=folder, settings=settings, metrics=metrics, summary=summary,
-                                          analysis=analysis)
+            seeds[config["seed"]] = dict(folder=folder, seed=config["seed"], settings=settings, metrics=metrics,
+                                         summary=summary, analysis=analysis)
     groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in runs_of.values()]
 
     def rank(members):
@@ -201,6 +202,28 @@ def spread(heights, gap, low, high):
     return moved
 
 
+def draw_mean(axes, places, columns, style, **options):
+    """A line, the mean of columns (one a run), with a band of one standard deviation if there are several."""
+    means, deviations = mean_and_deviation(columns)
+    axes.plot(places, means, **style, **options)
+    if len(columns) > 1:
+        low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    return means
+
+
+def tidy(axes):
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(figure, columns=5):
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False,
+                  fontsize="small")
+
+
 def draw_lines(axes, groups, column, styles, number, published, skip):
     """A line a group, its mean over seeds with a band of one standard deviation: what `label_ends` needs of each end.
 
@@ -210,14 +233,9 @@ def draw_lines(axes, groups, column, styles, number, published, skip):
     ends = []  # (epoch, value, text, colour, opacity)
     for label, members in groups.items():
         columns = [run["metrics"][column] for run in members]
-        epochs = range(1, len(columns[0]) + 1)
-        means, deviations = mean_and_deviation(columns)
-        axes.plot(epochs, means, **styles[label], linewidth=1.6, markersize=4.5, markevery=max(1, len(means) // 10),
-                  label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
-        if len(members) > 1:
-            axes.fill_between(epochs, [m - d for m, d in zip(means, deviations)],
-                              [m + d for m, d in zip(means, deviations)], color=styles[label]["color"], alpha=0.15,
-                              linewidth=0)
+        means = draw_mean(axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
+                          markevery=max(1, len(columns[0]) // 10),
+                          label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
         ends.append((len(means), means[-1], f"{label} {number(means[-1])}", styles[label]["color"], 1.0))
     last = max(end[0] for end in ends)
     for label, value in published.items():
@@ -232,8 +250,7 @@ def draw_lines(axes, groups, column, styles, number, published, skip):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     axes.set_xlabel("epoch")
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return ends
 
 
@@ -267,24 +284,56 @@ def draw_curves(title, panels, ylabel, number, styles, published=(), note="", sk
     several = any(len(members) > 1 for _, groups in panels.values() for members in groups.values())
     notes = ["mean over seeds, band: one standard deviation"] * several + ([note] if published else [])
     figure.suptitle("\n".join([title, *notes]), fontsize="medium")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=small)
+    legend_below(figure, columns=3)
     for axes, marks in ends:
         label_ends(axes, marks, small)
+    return figure
+
+
+def draw_parameters(dataset, groups, styles, published):
+    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, {model: figures},
+    once beside them and once alone, closer."""
+    accuracies = {label: [run["summary"]["test_accuracy"] for run in members] for label, members in groups.items()}
+    counts = [members[0]["summary"]["parameters"] for members in groups.values()]
+    gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
+    places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
+    panels = [published, {}] if published else [{}]
+    figure = Figure(figsize=(max(6.5, 5.2 * len(panels)), 4.4), layout="constrained")
+    for axes, beside in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for (label, values), place in zip(accuracies.items(), places):
+            axes.errorbar(place, statistics.fmean(values), confidence(values), **styles[label] | dict(linestyle="none"),
+                          markersize=6, capsize=3, label=label)
+        for model, figures in beside.items():
+            axes.plot(figures.parameters, figures.test_accuracy, **styles[model] | dict(linestyle="none"),
+                      markerfacecolor="none", markersize=8, alpha=0.7)
+        if published:
+            axes.set_title("hollow: published, one run each" if beside else "the same without the published",
+                           fontsize="medium")
+        axes.margins(0.12)
+        axes.set_xlabel("parameters")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
+        tidy(axes)
+    figure.axes[0].set_ylabel("test accuracy")
+    figure.suptitle(f"{dataset}: test accuracy by parameters\n" + seeds_note(
+        groups, "mean over seeds with its 95% interval; neighbours moved apart"), fontsize="medium")
+    legend_below(figure)
     return figure
 
 
 def make_charts(dataset, groups, styles):
     """{name: figure} of a data set's training."""
     models = dict.fromkeys(members[0]["settings"]["model"] for members in groups.values())
-    published = {model: PUBLISHED[dataset, model][1] for model in models if (dataset, model) in PUBLISHED}
-    epochs = max((PUBLISHED[dataset, model][0] for model in published), default=0)
+    published = {model: PUBLISHED[dataset, model] for model in models if (dataset, model) in PUBLISHED}
+    epochs = max((figures.epochs for figures in published.values()), default=0)
     charts = {
         "val-loss": draw_curves(f"{dataset}: validation loss", {"": ("val_loss", groups)}, "validation loss",
-                                "{:.3f}".format, styles, published,
+                                "{:.3f}".format, styles,
+                                {model: figures.val_loss for model, figures in published.items()},
                                 f"hollow marks: published, one run of {epochs} epochs", skip=0.1),
         "val-accuracy": draw_curves(f"{dataset}: validation accuracy", {"": ("val_accuracy", groups)},
                                     "validation accuracy", "{:.2%}".format, styles, skip=0.1),
+        "parameters": draw_parameters(dataset, groups, styles, published),
     }
     differential = {label: members for label, members in groups.items() if "lambda_0" in members[0]["metrics"]}
     columns = sorted({column for members in differential.values() for column in members[0]["metrics"]
@@ -354,12 +403,7 @@ def draw_noise(dataset, groups, styles):
     for axes, name in zip(panels.flat, names):
         for label, members in groups.items():
             columns = [[run["summary"]["test_accuracy"], *run["analysis"]["noise"][name]] for run in members]
-            means, deviations = mean_and_deviation(columns)
-            axes.plot(means, **styles[label], linewidth=1.5, markersize=4.5, label=label)
-            if len(members) > 1:
-                axes.fill_between(range(len(means)), [m - d for m, d in zip(means, deviations)],
-                                  [m + d for m, d in zip(means, deviations)], color=styles[label]["color"],
-                                  alpha=0.15, linewidth=0)
+            draw_mean(axes, range(len(columns[0])), columns, styles[label], linewidth=1.5, markersize=4.5, label=label)
         axes.set_title(readable(name), fontsize="medium")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         tidy(axes)
@@ -373,18 +417,6 @@ def draw_noise(dataset, groups, styles):
                     + seeds_note(groups, "mean over seeds, band: one standard deviation"), fontsize="medium")
     legend_below(figure)
     return figure
-
-
-def tidy(axes):
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def legend_below(figure, columns=5):
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False,
-                  fontsize="small")
 
 
 def draw_relevance(dataset, groups, styles):
@@ -481,8 +513,57 @@ def confidence(values):
     return T_95[min(len(values) - 2, len(T_95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def bootstrap_interval(values):
+    """The 95% interval of the mean by the bootstrap: percentiles over 100,000 resamples, the same at every call."""
+    chosen = numpy.random.default_rng(0).integers(len(values), size=(100_000, len(values)))
+    return numpy.percentile(numpy.asarray(values)[chosen].mean(1), [2.5, 97.5]).tolist()
+
+
+def sign_flip_p(differences):
+    """Two-sided p of the sign-flip permutation test: of all choices of signs for the differences the share whose sum is
+    as far from 0 as theirs or further. Of more than 20, each further one has random signs, in 2^20 choices."""
+    sums, random = numpy.zeros(1), numpy.random.default_rng(0)
+    for difference in differences:
+        sums = (numpy.concatenate([sums + difference, sums - difference]) if len(sums) < 2**20
+                else sums + difference * random.choice([-1, 1], len(sums)))
+    return numpy.mean(abs(sums) >= abs(sum(differences)) - 1e-12).item()
+
+
+def pair_with_vit(groups):
+    """{label: pairs of a run and the run of vit of the same seed and settings, sizes aside}, where there are two."""
+    def settings_and_seed(run):
+        kept = {name: value for name, value in run["settings"].items() if name not in SIZES and name != "model"}
+        return json.dumps(kept, sort_keys=True), run["seed"]
+
+    base = {settings_and_seed(run): run for run in all_runs(groups) if run["settings"]["model"] == "vit"}
+    pairs = {label: [(run, base[settings_and_seed(run)]) for run in members if settings_and_seed(run) in base]
+             for label, members in groups.items() if members[0]["settings"]["model"] != "vit"}
+    return {label: members for label, members in pairs.items() if len(members) > 1}
+
+
+def comparison_table(groups):
+    """How each model differs from `vit` of the same seeds, in Markdown; nothing where there are no such pairs."""
+    lines = []
+    for label, pairs in pair_with_vit(groups).items():
+        cells = [label, str(len(pairs))]
+        for figure, number in [("test_accuracy", lambda value: f"{100 * value:+.2f}"),
+                               ("test_loss", "{:+.4f}".format)]:
+            differences = [run["summary"][figure] - base["summary"][figure] for run, base in pairs]
+            low, high = bootstrap_interval(differences)
+            cells += [f"{number(statistics.fmean(differences))} ({number(low)} to {number(high)})",
+                      f"{sign_flip_p(differences):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    return "\n".join([
+        "", "Difference from `vit` of the same seed: mean over seeds, 95% interval by bootstrap over seeds, p of the "
+        "exact sign-flip permutation test (two-sided, not corrected for the number of comparisons).", "",
+        "| model | seeds | test accuracy, points | p | test loss | p |",
+        "|---|---:|---:|---:|---:|---:|", *lines]) + "\n"
+
+
 def write_table(dataset, groups):
-    """The data set's table in Markdown; the best of a column is bold."""
+    """The data set's tables in Markdown: the figures, the best of a column bold, and the comparison with `vit`."""
     columns = [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
                ("test_accuracy", max, "{:.2%}".format), ("milliseconds_per_step", min, "{:.1f}".format)]
     cells = {label: [] for label in groups}
@@ -494,15 +575,24 @@ def write_table(dataset, groups):
             if number(best(means.values())) == text and len(groups) > 1:
                 text = f"**{text}**"
             cells[label].append(text + (f" ± {number(half)}" if half is not None else ""))
+    published = {label: PUBLISHED[dataset, label] for label in groups if (dataset, label) in PUBLISHED}
     lines = [f"## {dataset}", "",
-             "| model | parameters | seeds | validation loss | test loss | test accuracy | ms a step |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+             "| model | parameters | seeds | validation loss | test loss | test accuracy | ms a step |"
+             + (" published |" if published else ""), "|---|---:|---:|---:|---:|---:|---:|" + "---|" * bool(published)]
     for label, members in groups.items():
         row = [label, f"{members[0]['summary']['parameters']:,}", str(len(members)), *cells[label]]
+        if label in published:
+            figures = published[label]
+            row.append(f"{figures.val_loss:.3f}, {figures.test_loss:.3f}, {figures.test_accuracy:.2%}")
+        elif published:
+            row.append("")
         lines.append(f"| {' | '.join(row)} |")
     if any(len(members) > 1 for members in groups.values()):
         lines += ["", "Mean ± half the 95% confidence interval over seeds (Student's t)."]
-    return "\n".join(lines) + "\n"
+    if published:
+        epochs = max(figures.epochs for figures in published.values())
+        lines += ["", f"Published: validation loss, test loss and test accuracy of one run of {epochs} epochs."]
+    return "\n".join(lines) + "\n" + comparison_table(groups)
 
 
 def draw_analyses(dataset, groups, styles):

@@ -26,6 +26,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import struct
 import subprocess
@@ -176,7 +177,7 @@ def make_parser():
     group.add_argument("--epochs", type=positive, metavar="N", help=by_dataset("epochs"))
     group.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images (default: %(default)s)")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="muon",
-                       help="muon is Muon for the matrices of the blocks and AdamW for the rest (default: %(default)s)")
+                       help="muon is Muon for the matrices and AdamW for the rest (default: %(default)s)")
     group.add_argument("--lr", type=rate, default=3e-3, metavar="X", help="peak of AdamW (default: %(default)s)")
     group.add_argument("--muon-lr", type=rate, default=1e-2, metavar="X", help="peak of Muon (default: %(default)s)")
     group.add_argument("--weight-decay", type=rate, default=0.1, metavar="X",
@@ -304,6 +305,12 @@ def talking():
     except RuntimeError as error:
         raise UserError(f"process {process_rank()} has lost another one, which stopped or died ({first_line(error)}): "
                         "run the same command again to go on after the last whole epoch") from None
+
+
+def stop(*_):
+    """What a process does at SIGTERM, which torchrun sends to all others when one has died."""
+    raise UserError(f"process {process_rank()} was stopped, as torchrun does when another one has stopped or died: "
+                    "run the same command again to go on after the last whole epoch")
 
 
 def add_up(tensor):
@@ -568,14 +575,15 @@ def orthogonalize(matrices, steps=5):
 class Muon(torch.optim.Optimizer):
     """Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of many seeds at once.
 
-    The one parameter is (S, P): in each row a seed's matrices, of the given shapes, one after the other.
+    The one parameter is (S, P): in each row a seed's weights, of the given shapes, one after the other. A convolution's
+    (m, C, p, p) is a matrix (m, C p p).
     torch.optim.Muon does the same to single matrices, one by one and in bfloat16, and takes several times as long.
     """
 
     def __init__(self, params, shapes, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.shapes = shapes
-        self.sizes = [math.prod(shape) for shape in shapes]
+        self.shapes = [(rows, math.prod(columns)) for rows, *columns in shapes]
+        self.sizes = [rows * columns for rows, columns in self.shapes]
 
     @torch.no_grad()
     def step(self):
@@ -600,16 +608,11 @@ Stack = namedtuple("Stack", "model weights flats optimizers scaler")
 
 def sort_parameters(model, optimizer):
     """The names of the parameters to train by how they are: {"muon": [...], "decayed": [...], "rest": [...]}."""
-    parts = dict(muon=[], decayed=[], rest=[])
+    matrices, parts = "muon" if optimizer == "muon" else "decayed", dict(muon=[], decayed=[], rest=[])
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name:
-            parts["rest"].append(name)
-        elif name.startswith("blocks.") and parameter.ndim == 2 and optimizer == "muon":
-            parts["muon"].append(name)
-        else:
-            parts["decayed"].append(name)
+        if parameter.requires_grad:
+            single = parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name
+            parts["rest" if single else matrices].append(name)
     return {part: names for part, names in parts.items() if names}
 
 
@@ -823,8 +826,8 @@ def evaluation_pixels(split, settings):
     """
     count, device = len(split.labels), split.labels.device
     generator = torch.Generator().manual_seed(mix_seed("canvases"))
-    noise = torch.cat([2 * torch.rand(count, width, generator=generator) - 1
-                       for width in [2, *[5] * settings["distractors"]]], 1).to(device)
+    widths = [2, *[5] * settings["distractors"]] if is_cluttered(settings) else [0]
+    noise = torch.cat([2 * torch.rand(count, width, generator=generator) - 1 for width in widths], 1).to(device)
     for index in torch.arange(count, device=device).split(EVALUATION_BATCH):
         yield index, clutter(split.images[index].float(), index, noise[index], split, settings)
 
@@ -894,33 +897,40 @@ def attention_figures(row, relevant, ink):
         **{"lambda": 1 - row.sum(2)})
 
 
+def signal_to_noise(irrelevant_share, uniform_share):
+    """Weight a relevant patch over weight an irrelevant patch; 1 for uniform weight."""
+    relevant, irrelevant = (1 - irrelevant_share) * uniform_share, irrelevant_share * (1 - uniform_share)
+    return relevant / irrelevant if irrelevant else math.inf if relevant else math.nan
+
+
+def attention_batches(split, settings, shown, corruption, severity):
+    """A split in its own order, by settings `shown` of attention_conditions: normalised images (B, C, H, W), and which
+    of their patches hold any of the object, and anything at all, (B, P)."""
+    for (index, pixels), (_, alone) in zip(evaluation_pixels(split, shown),
+                                           evaluation_pixels(split, shown | dict(distractors=0))):
+        relevant, ink = (holds_ink(image, settings["patch_size"]) for image in (alone, pixels))
+        images = normalize(corrupt(pixels, corruption, severity, index, split), settings["dataset"])
+        yield from in_parts(images, relevant, ink)
+
+
 @torch.inference_mode()
 def measure_attention(model, split, settings):
-    """The means of attention_figures over a split, in nats the entropy: rows, one for a condition, block and head.
-
-    signal_to_noise is relevant over irrelevant weight, each per patch; 1 for uniform weight.
-    """
+    """The means of attention_figures over a split, in nats the entropy, and the signal_to_noise that follows from them:
+    rows, one for a condition, block and head."""
     model.eval()
     rows = []
-    for condition, (shown, corruption, severity) in attention_conditions(settings).items():
+    for condition, shown in attention_conditions(settings).items():
         sums = [0.0] * settings["depth"]  # of (figures, H)
-        for (index, pixels), (_, alone) in zip(evaluation_pixels(split, shown),
-                                               evaluation_pixels(split, shown | dict(distractors=0))):
-            relevant, ink = (holds_ink(image, settings["patch_size"]) for image in (alone, pixels))
-            whole = normalize(corrupt(pixels, corruption, severity, index, split), settings["dataset"])
-            for images, *masks in in_parts(whole, relevant, ink):
-                for block, attention_map in enumerate(model.attention_maps(images)):
-                    figures = attention_figures(attention_map[:, :, 0], *masks)
-                    sums[block] += torch.stack([figure.sum(0) for figure in figures.values()]).cpu().double()
+        for images, *masks in attention_batches(split, settings, *shown):
+            for block, attention_map in enumerate(model.attention_maps(images)):
+                figures = attention_figures(attention_map[:, :, 0], *masks)
+                sums[block] += torch.stack([figure.sum(0) for figure in figures.values()]).cpu().double()
         for block, total in enumerate(sums):
             for head, means in enumerate((total / len(split.labels)).T.tolist()):
-                means = dict(zip(figures, means))
-                means["lambda"] = round(means["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
-                noise, uniform = means["irrelevant_share"], means["uniform_share"]
-                relevant_weight, irrelevant_weight = (1 - noise) * uniform, noise * (1 - uniform)
-                means["signal_to_noise"] = (relevant_weight / irrelevant_weight if irrelevant_weight
-                                            else math.inf if relevant_weight else math.nan)
-                rows.append(dict(condition=condition, block=block, head=head, **means))
+                row = dict(condition=condition, block=block, head=head, **dict(zip(figures, means)))
+                row["lambda"] = round(row["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
+                row["signal_to_noise"] = signal_to_noise(row["irrelevant_share"], row["uniform_share"])
+                rows.append(row)
     return rows
 
 
@@ -972,6 +982,7 @@ def pick_device(name):
             raise UserError(f"torchrun does not work on {device.type}: give --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        signal.signal(signal.SIGTERM, stop)
         with talking():
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

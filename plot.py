@@ -375,6 +375,12 @@ def attention_axes(groups):
             sorted({block for attention in found for blocks in attention.values() for block in blocks}))
 
 
+def training_condition(run):
+    """The condition, among those its attention was measured on, that is most like its training."""
+    trained = f"{run['settings'].get('distractors', 0)}_distractors"
+    return trained if trained in run["analysis"]["attention"] else "clean"
+
+
 def uniform_share(groups, condition):
     """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
     return next(blocks["uniform_share"] for run in all_runs(groups)
@@ -541,25 +547,30 @@ def pair_with_vit(groups):
     return {label: members for label, members in pairs.items() if len(members) > 1}
 
 
-def comparison_table(groups):
-    """How each model differs from `vit` of the same seeds, in Markdown; nothing where there are no such pairs."""
+def comparison_table(groups, measures):
+    """How each model differs from `vit` of the same seeds, in Markdown; nothing where there are no such pairs.
+
+    measures: {heading: (figure of a run, number of digits, whether more is better)}.
+    """
     lines = []
     for label, pairs in pair_with_vit(groups).items():
-        cells = [label, str(len(pairs))]
-        for figure, number in [("test_accuracy", lambda value: f"{100 * value:+.2f}"),
-                               ("test_loss", "{:+.4f}".format)]:
-            differences = [run["summary"][figure] - base["summary"][figure] for run, base in pairs]
-            low, high = bootstrap_interval(differences)
-            cells += [f"{number(statistics.fmean(differences))} ({number(low)} to {number(high)})",
+        cells = [label]
+        for figure_of, digits, more_is_better in measures.values():
+            differences = [figure_of(run) - figure_of(base) for run, base in pairs]
+            mean, *interval = (f"{value:+.{digits}f}"
+                               for value in [statistics.fmean(differences), *bootstrap_interval(differences)])
+            better = sum((difference > 0) == more_is_better and difference != 0 for difference in differences)
+            cells += [f"{mean} ({' to '.join(interval)})", f"{better} of {len(pairs)}",
                       f"{sign_flip_p(differences):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return ""
     return "\n".join([
-        "", "Difference from `vit` of the same seed: mean over seeds, 95% interval by bootstrap over seeds, p of the "
-        "exact sign-flip permutation test (two-sided, not corrected for the number of comparisons).", "",
-        "| model | seeds | test accuracy, points | p | test loss | p |",
-        "|---|---:|---:|---:|---:|---:|", *lines]) + "\n"
+        "", "Difference from `vit` of the same seed: mean over seeds (95% interval by bootstrap over seeds), in how "
+        "many seeds it is for the better, and p of the exact sign-flip permutation test, two-sided, not corrected for "
+        "the number of comparisons.", "",
+        f"| model | {' | '.join(f'{heading} | better | p' for heading in measures)} |",
+        "|---" + "|---:" * 3 * len(measures) + "|", *lines]) + "\n"
 
 
 def write_table(dataset, groups):
@@ -592,7 +603,9 @@ def write_table(dataset, groups):
     if published:
         epochs = max(figures.epochs for figures in published.values())
         lines += ["", f"Published: validation loss, test loss and test accuracy of one run of {epochs} epochs."]
-    return "\n".join(lines) + "\n" + comparison_table(groups)
+    return "\n".join(lines) + "\n" + comparison_table(groups, {
+        "test accuracy, points": (lambda run: 100 * run["summary"]["test_accuracy"], 2, True),
+        "test loss": (lambda run: run["summary"]["test_loss"], 4, False)})
 
 
 def draw_analyses(dataset, groups, styles):
@@ -630,7 +643,8 @@ def noise_table(dataset, groups):
             cells = [f"{cell} ({statistics.fmean(column) / base:.2f})"
                      for cell, column, base in zip(cells, columns, of_vit)]
         lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + comparison_table(
+        groups, {"mean error, points": (lambda run: 100 * errors(run)[-1], 2, False)})
 
 
 def attention_table(dataset, groups):
@@ -652,7 +666,9 @@ def attention_table(dataset, groups):
         lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
     uniform = [f"{uniform_share(groups, condition):.1%} (1.00)" for condition in conditions]
     lines.append(f"| uniform attention | | {' | '.join(uniform)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + comparison_table(groups, {"irrelevant share as in training, points": (
+        lambda run: 100 * attention_of(run, training_condition(run), attention_axes({"": [run]})[1][-1],
+                                       "irrelevant_share"), 2, False)})
 
 
 class Parser(argparse.ArgumentParser):

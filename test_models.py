@@ -1814,9 +1814,12 @@ def test_a_model_is_compared_with_vit_of_the_same_seed_and_settings(tmp_path):
             for label, pairs in plot.pair_with_vit(groups).items()} == {"vitdiff": [(0, 0), (1, 1), (2, 2)]}
     table = plot.write_table("mnist", groups)
     # Differences 0.1, 0.3 and 0.4 points; their extremes are 1 resample in 27 each, more than 2.5%.
-    assert "| vitdiff | 3 | +0.27 (+0.10 to +0.40) | 0.250 | +0.0000 (+0.0000 to +0.0000) | 1.000 |" in table
+    assert ("| vitdiff | +0.27 (+0.10 to +0.40) | 3 of 3 | 0.250 | +0.0000 (+0.0000 to +0.0000) | 0 of 3 | 1.000 |"
+            in table)
     assert "sign-flip" in table
-    assert plot.comparison_table({"vitdiff": groups["vitdiff"]}) == ""
+    assert plot.comparison_table({"vitdiff": groups["vitdiff"]}, dict(x=(len, 2, True))) == ""
+    falling = dict(x=(lambda run: -100 * run["summary"]["test_accuracy"], 1, False))
+    assert "| vitdiff | -0.3 (-0.4 to -0.1) | 3 of 3 | 0.250 |" in plot.comparison_table(groups, falling)
 
 
 def test_the_chart_of_parameters_shows_accuracies_intervals_and_what_is_published(tmp_path):
@@ -1891,13 +1894,19 @@ def test_tables_of_an_analysis_are_means_with_intervals_and_ratios_to_vit(tmp_pa
     half = 12.706 * 0.01 / math.sqrt(2) / math.sqrt(2)  # of the mean errors 0.35 and 0.36
     assert f"| vit | 2 | 31.0% (1.00) | 40.0% (1.00) | 35.5% ± {half:.1%} (1.00) |" in table
     assert f"| vitdiff | 1 | 20.0% ({0.2 / 0.31:.2f}) | 60.0% (1.50) | 40.0% ({0.4 / 0.355:.2f}) |" in table
-    assert "vitdiffv2" not in table
+    assert "vitdiffv2" not in table and "sign-flip" not in table
     without = plot.noise_table("mnist", {"vitdiff": groups["vitdiff"]})
     assert "| vitdiff | 1 | 20.0% | 60.0% | 40.0% |" in without
     table = plot.attention_table("mnist", plot.with_analysis(groups, "attention"))
     assert "attention to the irrelevant in the last block" in table
     assert "| vit | 2 | 32.0% ± 12.7% (2.50) | 37.0% ± 12.7% (2.50) |" in table
     assert "| uniform attention | | 40.0% (1.00) | 40.0% (1.00) |" in table
+    analyse(record(tmp_path, "vitdiff", 1), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.16)
+    groups = plot.group_runs(plot.find_runs(tmp_path)[0])[0]["mnist"]
+    table = plot.noise_table("mnist", plot.with_analysis(groups, "noise"))
+    assert "| vitdiff | +4.50 (+4.00 to +5.00) | 0 of 2 | 0.500 |" in table  # 40% against 35 and 36%
+    table = plot.attention_table("mnist", plot.with_analysis(groups, "attention"))
+    assert "| vitdiff | -8.00 (-10.00 to -6.00) | 2 of 2 | 0.500 |" in table  # clean, of the last block
 
 
 def test_analyses_of_other_depths_and_conditions_are_drawn_side_by_side(tmp_path):

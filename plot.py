@@ -573,19 +573,26 @@ def comparison_table(groups, measures):
         "|---" + "|---:" * 3 * len(measures) + "|", *lines]) + "\n"
 
 
-def write_table(dataset, groups):
-    """The data set's tables in Markdown: the figures, the best of a column bold, and the comparison with `vit`."""
+def summary_cells(groups):
+    """{label: cells}: of each model its losses, accuracy and milliseconds a step, the best of a column bold."""
     columns = [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
                ("test_accuracy", max, "{:.2%}".format), ("milliseconds_per_step", min, "{:.1f}".format)]
     cells = {label: [] for label in groups}
     for name, best, number in columns:
         means = {label: statistics.fmean(run["summary"][name] for run in members) for label, members in groups.items()}
         for label, members in groups.items():
-            half = confidence([run["summary"][name] for run in members])
+            timed = name == "milliseconds_per_step"  # seeds of a stack are timed together
+            half = None if timed else confidence([run["summary"][name] for run in members])
             text = number(means[label])
             if number(best(means.values())) == text and len(groups) > 1:
                 text = f"**{text}**"
             cells[label].append(text + (f" ± {number(half)}" if half is not None else ""))
+    return cells
+
+
+def write_table(dataset, groups):
+    """The data set's tables in Markdown: the figures of each model, and its comparison with `vit`."""
+    cells = summary_cells(groups)
     published = {label: PUBLISHED[dataset, label] for label in groups if (dataset, label) in PUBLISHED}
     lines = [f"## {dataset}", "",
              "| model | parameters | seeds | validation loss | test loss | test accuracy | ms a step |"

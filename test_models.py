@@ -7,6 +7,7 @@ Formulas are written out here in plain loops and float64; the commands are run a
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -288,6 +289,29 @@ def test_readme_shows_how_to_add_an_attention(monkeypatch):
         assert train.measure_model(settings)["parameters"] == sum(p.numel() for p in model.parameters())
     finally:
         del MODELS[name]
+
+
+def test_readme_puts_the_published_faults_back(monkeypatch, mnist):
+    """The README's own lines, executed: logits that are activated and dropped, and the same order in every epoch."""
+    codes = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL))
+    assert set(codes) == {"activated", "ordered"}
+    model, images = build_model("vit", dropout=0.0), torch.randn(40, 1, 28, 28)
+    right = model.eval()(images)
+    split = train.Split(mnist["train"].images[:300], mnist["train"].labels[:300])
+    settings = train.resolve_settings(train.parse_flags([]), "vit", "mnist", 0, CPU)
+    monkeypatch.setattr(vit.ViT, "forward", vit.ViT.forward)  # so that both are as before when the test is over
+    monkeypatch.setattr(train, "draw_epoch", train.draw_epoch)
+    right_order, right_noise = train.draw_epoch([0, 1], 2, split, settings)
+    monkeypatch.setattr(train, "main", lambda: 0)
+    for code in codes.values():
+        with pytest.raises(SystemExit):
+            exec(code, {})
+    torch.testing.assert_close(model(images), F.gelu(right))
+    dropped = model.train()(images) == 0
+    assert 0.05 < dropped.float().mean() < 0.15
+    (order, noise), (again, other) = (train.draw_epoch([0, 1], epoch, split, settings) for epoch in (2, 1))
+    assert torch.equal(order, again) and not torch.equal(order, right_order) and not torch.equal(order[0], order[1])
+    assert torch.equal(noise, right_noise) and not torch.equal(noise, other)
 
 
 # Data.
@@ -1779,7 +1803,8 @@ def test_the_table_has_means_and_confidence_intervals_and_bold_for_the_best(tmp_
     (datasets, _) = plot.group_runs(plot.find_runs(tmp_path)[0])
     table = plot.write_table("mnist", datasets["mnist"])
     half = 4.303 * 0.02 / math.sqrt(3)  # Student's t with 2 degrees of freedom; the deviation of 0.50, 0.52, 0.54
-    assert f"| vit | 33,034 | 3 | 0.5200 ± {half:.4f} | 0.5100 ± {half:.4f} | **98.10%** ± 0.25% | " in table
+    half = f"{half:.4f}"
+    assert f"| vit | 33,034 | 3 | 0.5200 ± {half} | 0.5100 ± {half} | **98.10%** ± 0.25% | **7.0** | " in table
     assert "| vitdiff | 33,034 | 1 | **0.5100** | **0.5000** | 98.00% | **7.0** | 0.624, 0.618, 95.75% |" in table
     assert "one run of 20 epochs" in table
     assert plot.confidence([1.0]) is None
@@ -1971,20 +1996,56 @@ def test_readme_has_the_benchmarks_as_they_were_written(name):
     assert sorted(shown) == pytest.approx(sorted(milliseconds), abs=0.051)
 
 
+def blocks_of(table):
+    """The tables in a text, without the words around them."""
+    return re.findall(r"(?:^\|.*\n)+", table, re.MULTILINE)
+
+
 def test_readme_tables_are_those_of_the_reference_runs():
-    runs, skipped = plot.find_runs(HERE / "runs/reference")
+    folder, readme = HERE / "runs/reference", (HERE / "README.md").read_text()
+    runs, skipped = plot.find_runs(folder)
     datasets, doubled = plot.group_runs(runs)
     assert set(datasets) == {"mnist", "fashionmnist", "clutteredmnist"} and not skipped and not doubled
-    readme = (HERE / "README.md").read_text()
     for dataset, groups in datasets.items():
-        table = plot.write_table(dataset, groups)
-        assert (HERE / f"runs/reference/{dataset}-table.md").read_text() == table
-        rows = [line for line in table.splitlines() if line.startswith("| vit")]
-        assert len(rows) == len(groups) and all(row in readme for row in rows)
-        for name, make_table in [("noise", plot.noise_table), ("attention", plot.attention_table)]:
+        assert set(groups) == set(MODELS)
+        for name, make_table in [("table", plot.write_table), ("noise-table", plot.noise_table),
+                                 ("attention-table", plot.attention_table)]:
             table = make_table(dataset, groups)
-            assert (HERE / f"runs/reference/{dataset}-{name}-table.md").read_text() == table
-            assert table.split("\n\n")[1] in readme or (dataset, name) == ("clutteredmnist", "noise")
+            assert (folder / f"{dataset}-{name}.md").read_text() == table
+            assert all(block in readme for block in blocks_of(table))
+
+
+def test_the_reference_runs_are_of_five_seeds_and_one_commit():
+    configs = [config for _, config, *_ in plot.find_runs(HERE / "runs/reference")[0]
+               if config["dataset"] != "clutteredmnist"]
+    assert sorted((config["dataset"], config["model"], config["seed"]) for config in configs) == sorted(
+        itertools.product(["mnist", "fashionmnist"], MODELS, range(5)))
+    (commit,) = {config["git_commit"] for config in configs}
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+
+
+def test_a_flag_left_out_has_the_value_of_the_reference_runs():
+    for folder, config, *_ in plot.find_runs(HERE / "runs/reference")[0]:
+        if config["dataset"] != "clutteredmnist":
+            flags = train.parse_flags(["--seed", str(config["seed"]), "--compile"])
+            settings = train.resolve_settings(flags, config["model"], config["dataset"], config["seed"], CPU)
+            assert {name: config[name] for name in settings} == settings
+
+
+def test_the_reference_weights_give_the_recorded_figures(capsys):
+    assert train.main(["--eval", str(HERE / "runs/reference/mnist-vitdiff-seed0"), "--no-analysis", "--device", "cpu",
+                       "--data-dir", str(HERE / "data")]) == 0
+    again, recorded = (re.search(r"loss ([\d.]+)  test accuracy ([\d.]+)%", line).groups()
+                       for line in capsys.readouterr().out.splitlines())
+    assert [float(figure) for figure in again] == pytest.approx([float(figure) for figure in recorded], abs=0.02)
+    assert float(again[0]) == pytest.approx(float(recorded[0]), abs=1e-4)
+
+
+def test_the_readme_says_how_far_three_epochs_lead_in_how_many_seconds():
+    summary = json.loads((HERE / "runs/three-epochs/mnist-vitdiff-seed0/summary.json").read_text())
+    assert summary["epochs"] == 3 and summary["test_accuracy"] > 0.9575  # the best that is published
+    readme = (HERE / "README.md").read_text()
+    assert f"{summary['test_accuracy']:.2%}" in readme and f"{summary['seconds']:.0f} s" in readme
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -47,7 +47,7 @@ except ImportError:  # on Windows, where nothing keeps two processes off the sam
 
 # What each data set is, and `defaults`, the flags whose default depends on it. Mean and deviation are those of the
 # training archive's pixels, from 0 to 1. Augmentation keeps the class: a mirrored garment is one, a mirrored digit not.
-DIGITS = dict(epochs=20, muon_lr=5e-3, patch_size=7, distractors=0, rotation=12.0, scale=0.12, shear=0.12, shift=2.5,
+DIGITS = dict(epochs=20, muon_lr=5e-3, patch_size=7, distractors=0, rotation=15.0, scale=0.15, shear=0.15, shift=1.0,
               flip=False)
 # A cluttered data set: each image somewhere on a larger canvas, with fragments of others, as in Mnih et al. 2014
 # (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the image, not the canvas: the canvases

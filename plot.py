@@ -536,14 +536,14 @@ def sign_flip_p(differences):
 
 
 def pair_with_vit(groups):
-    """{label: pairs of a run and the run of vit of the same seed and settings, sizes aside}, where there are two."""
+    """{label: pairs of a run and the run of `vit` of the same seed and settings, sizes aside}, where there are two."""
     def settings_and_seed(run):
         kept = {name: value for name, value in run["settings"].items() if name not in SIZES and name != "model"}
         return json.dumps(kept, sort_keys=True), run["seed"]
 
-    base = {settings_and_seed(run): run for run in all_runs(groups) if run["settings"]["model"] == "vit"}
+    base = {settings_and_seed(run): run for run in groups.get("vit", [])}
     pairs = {label: [(run, base[settings_and_seed(run)]) for run in members if settings_and_seed(run) in base]
-             for label, members in groups.items() if members[0]["settings"]["model"] != "vit"}
+             for label, members in groups.items() if label != "vit"}
     return {label: members for label, members in pairs.items() if len(members) > 1}
 
 

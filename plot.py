@@ -375,6 +375,11 @@ def attention_axes(groups):
             sorted({block for attention in found for blocks in attention.values() for block in blocks}))
 
 
+def last_block(members):
+    """The number of the last block of runs of one model."""
+    return attention_axes({"": members})[1][-1]
+
+
 def training_condition(run):
     """The condition, among those its attention was measured on, that is most like its training."""
     trained = f"{run['settings'].get('distractors', 0)}_distractors"
@@ -662,9 +667,9 @@ def attention_table(dataset, groups):
              f"| model | seeds | {' | '.join(map(readable, conditions))} |",
              "|---" + "|---:" * (len(conditions) + 1) + "|"]
     for label, members in groups.items():
-        cells, (_, blocks) = [], attention_axes({label: members})
+        cells, block = [], last_block(members)
         for condition in conditions:
-            share, ratio = ([attention_of(run, condition, blocks[-1], name) for run in members]
+            share, ratio = ([attention_of(run, condition, block, name) for run in members]
                             for name in ("irrelevant_share", "signal_to_noise"))
             half = confidence(share)
             half = f" ± {half:.1%}" if half is not None else ""
@@ -674,8 +679,7 @@ def attention_table(dataset, groups):
     uniform = [f"{uniform_share(groups, condition):.1%} (1.00)" for condition in conditions]
     lines.append(f"| uniform attention | | {' | '.join(uniform)} |")
     return "\n".join(lines) + "\n" + comparison_table(groups, {"irrelevant share as in training, points": (
-        lambda run: 100 * attention_of(run, training_condition(run), attention_axes({"": [run]})[1][-1],
-                                       "irrelevant_share"), 2, False)})
+        lambda run: 100 * attention_of(run, training_condition(run), last_block([run]), "irrelevant_share"), 2, False)})
 
 
 class Parser(argparse.ArgumentParser):

@@ -265,6 +265,15 @@ def test_state_dict_has_timms_names():
         "blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
 
 
+@pytest.mark.parametrize("dim", [8, 6])
+def test_positions_start_as_waves_over_columns_and_rows(dim):
+    waves = ViT(dim=dim, num_heads=1).pos_embed[0, 1:]
+    row, column, slow = 2, 3, 30 ** (-4 / dim)
+    expected = [math.sin(column), math.cos(column), math.sin(row), math.cos(row),
+                math.sin(slow * column), math.cos(slow * column), math.sin(slow * row), math.cos(slow * row)]
+    assert waves[4 * row + column].tolist() == pytest.approx(expected[:dim], abs=1e-6)
+
+
 def test_dropout_acts_in_training_alone():
     torch.manual_seed(0)
     model, images = build_model("vit", dropout=0.5), torch.randn(2, 1, 28, 28)

@@ -7,6 +7,7 @@ Dosovitskiy et al. 2020 (arXiv 2010.11929), pre-norm, with the names of timm's s
 
 import inspect
 import itertools
+import math
 
 import torch
 from torch import nn
@@ -105,6 +106,19 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+def position_waves(side, dim, temperature=30):
+    """Where each patch of a square grid is, as waves over its columns and rows: (side^2, dim), row by row.
+
+    Four features share a frequency: sine and cosine of the column, sine and cosine of the row. As for the plain vision
+    transformers of Beyer et al. 2022 (arXiv 2205.01580), but for the temperature: theirs, 10,000, is for larger grids.
+    """
+    frequencies = temperature ** -(torch.arange(math.ceil(dim / 4)) * 4 / dim)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.stack([angles.sin(), angles.cos()], dim=2)  # (side, frequencies, 2)
+    across, down = waves.expand(side, -1, -1, -1), waves.unsqueeze(1).expand(-1, side, -1, -1)
+    return torch.cat([across, down], dim=3).flatten(2).flatten(0, 1)[:, :dim]
+
+
 class ViT(nn.Module):
     """Vision transformer: images (B, in_channels, image_size, image_size) -> logits (B, num_classes).
 
@@ -135,10 +149,10 @@ class ViT(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"patch size {patch_size} does not divide image size {image_size}: "
                              f"choose one of {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
-        num_tokens = (image_size // patch_size) ** 2 + 1
+        side = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim, norm=patch_norm)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))
+        self.pos_embed = nn.Parameter(torch.cat([0.02 * torch.randn(1, dim), position_waves(side, dim)]).unsqueeze(0))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, mlp_dim, attention(dim, num_heads, depth=i, qkv_bias=qkv_bias), dropout)

@@ -203,13 +203,14 @@ def spread(heights, gap, low, high):
 
 
 def draw_mean(axes, places, columns, style, **options):
-    """A line, the mean of columns (one a run), with a band of one standard deviation if there are several."""
+    """A line, the mean of columns (one a run), with a band of one standard deviation if there are several: the values
+    of the line and of the band's lower and upper edges."""
     means, deviations = mean_and_deviation(columns)
     axes.plot(places, means, **style, **options)
+    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
     if len(columns) > 1:
-        low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    return means
+    return means, low, high
 
 
 def tidy(axes):
@@ -230,21 +231,21 @@ def draw_lines(axes, groups, column, styles, number, published, skip):
     column: of metrics.csv. number: how a value is written. published: {label: value}, faint marks at the right edge.
     skip: the share of the epochs that may leave the frame, so that their steepness does not flatten all that follows.
     """
-    ends = []  # (epoch, value, text, colour, opacity)
+    ends, seen = [], list(published.values())  # (epoch, value, text, colour, opacity); heights that the frame must hold
+    last = max(len(run["metrics"][column]) for run in all_runs(groups))
     for label, members in groups.items():
         columns = [run["metrics"][column] for run in members]
-        means = draw_mean(axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
+        means, low, high = draw_mean(axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
                           markevery=max(1, len(columns[0]) // 10),
                           label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
         ends.append((len(means), means[-1], f"{label} {number(means[-1])}", styles[label]["color"], 1.0))
-    last = max(end[0] for end in ends)
+        first_seen = min(int(skip * last), len(means) - 1)
+        seen += low[first_seen:] + high[first_seen:]
     for label, value in published.items():
         axes.plot([last], [value], marker=styles[label]["marker"], color=styles[label]["color"], alpha=0.5,
                   markerfacecolor="none", markersize=8, linestyle="none")
         ends.append((last, value, f"{label}, published {number(value)}", styles[label]["color"], 0.65))
     axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
-    seen = [y for line in axes.get_lines() for x, y in line.get_xydata()
-            if x > skip * last or x == line.get_xdata()[-1]]
     margin = 0.06 * (max(seen) - min(seen)) or 0.01
     axes.set_ylim(min(seen) - margin, max(seen) + margin)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -498,12 +499,12 @@ def draw_blocks(dataset, groups, styles):
     for row, (name, title) in zip(figure.subplots(3, len(conditions), sharex=True, sharey="row", squeeze=False),
                                   titles.items()):
         for axes, condition in zip(row, conditions):
-            for label, members in groups.items():
+            for place, (label, members) in enumerate(groups.items()):
+                offset = 0.25 * ((place + 0.5) / len(groups) - 0.5)  # so that no interval hides another
                 values = [[attention_of(run, condition, block, name) for run in members] for block in blocks]
-                axes.errorbar(blocks, [statistics.fmean(own) for own in values],
+                axes.errorbar([block + offset for block in blocks], [statistics.fmean(own) for own in values],
                               [confidence(own) or 0.0 for own in values] if len(members) > 1 else None,
-                              **styles[label],
-                              linewidth=1.5, markersize=5, capsize=2, label=label)
+                              **styles[label], linewidth=1.5, markersize=5, capsize=2, label=label)
             axes.set_xticks(blocks, [f"block {block}" for block in blocks])
             axes.margins(x=0.15)
             tidy(axes)

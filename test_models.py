@@ -266,12 +266,12 @@ def test_state_dict_has_timms_names():
 
 
 @pytest.mark.parametrize("dim", [8, 6])
-def test_positions_start_as_waves_over_columns_and_rows(dim):
-    waves = ViT(dim=dim, num_heads=1).pos_embed[0, 1:]
+def test_position_embeddings_start_as_sines_and_cosines_of_column_and_row(dim):
+    positions = ViT(dim=dim, num_heads=1).pos_embed[0, 1:]
     row, column, slow = 2, 3, 30 ** (-4 / dim)
     expected = [math.sin(column), math.cos(column), math.sin(row), math.cos(row),
                 math.sin(slow * column), math.cos(slow * column), math.sin(slow * row), math.cos(slow * row)]
-    assert waves[4 * row + column].tolist() == pytest.approx(expected[:dim], abs=1e-6)
+    assert positions[4 * row + column].tolist() == pytest.approx(expected[:dim], abs=1e-6)
 
 
 def test_dropout_acts_in_training_alone():
@@ -2055,6 +2055,13 @@ def test_the_readme_says_how_far_three_epochs_lead_in_how_many_seconds():
     assert summary["epochs"] == 3 and summary["test_accuracy"] > 0.9575  # the best that is published
     readme = (HERE / "README.md").read_text()
     assert f"{summary['test_accuracy']:.2%}" in readme and f"{summary['seconds']:.0f} s" in readme
+
+
+def test_the_readme_says_how_far_thirty_epochs_of_canvases_lead():
+    summary = json.loads((HERE / "runs/thirty-epochs/clutteredmnist-vit-seed0/summary.json").read_text())
+    error = 1 - summary["test_accuracy"]
+    assert summary["epochs"] == 30 and summary["parameters"] <= 42_000 and error < 0.0404  # that of Mnih et al. 2014
+    assert f"errs on {error:.2%}" in (HERE / "README.md").read_text()
 
 
 @pytest.mark.parametrize("flags, words", [

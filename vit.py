@@ -106,8 +106,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-def position_waves(side, dim, temperature=30):
-    """Where each patch of a square grid is, as waves over its columns and rows: (side^2, dim), row by row.
+def sincos2d_pos_embed(side, dim, temperature=30):
+    """Where each patch of a square grid is, as sines and cosines of its column and row: (side^2, dim), row by row.
 
     Four features share a frequency: sine and cosine of the column, sine and cosine of the row. As for the plain vision
     transformers of Beyer et al. 2022 (arXiv 2205.01580), but for the temperature: theirs, 10,000, is for larger grids.
@@ -152,7 +152,8 @@ class ViT(nn.Module):
         side = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim, norm=patch_norm)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.cat([0.02 * torch.randn(1, dim), position_waves(side, dim)]).unsqueeze(0))
+        self.pos_embed = nn.Parameter(  # trained from there on
+            torch.cat([0.02 * torch.randn(1, dim), sincos2d_pos_embed(side, dim)]).unsqueeze(0))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, mlp_dim, attention(dim, num_heads, depth=i, qkv_bias=qkv_bias), dropout)

@@ -449,6 +449,7 @@ def draw_relevance(dataset, groups, styles):
                       linewidth=1.2, label="uniform attention" if i == 0 else None)
         axes.set_title(f"block {block}", fontsize="medium")
         axes.set_ylabel("share of its weight")
+        axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
         axes.set_xticks(range(len(conditions)), map(readable, conditions))
         axes.tick_params(axis="x", length=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -231,13 +231,15 @@ def draw_lines(axes, groups, column, styles, number, published, skip):
     column: of metrics.csv. number: how a value is written. published: {label: value}, faint marks at the right edge.
     skip: the share of the epochs that may leave the frame, so that their steepness does not flatten all that follows.
     """
-    ends, seen = [], list(published.values())  # (epoch, value, text, colour, opacity); heights that the frame must hold
+    ends = []  # (epoch, value, text, colour, opacity)
+    seen = list(published.values())  # the heights that the frame must hold
     last = max(len(run["metrics"][column]) for run in all_runs(groups))
     for label, members in groups.items():
         columns = [run["metrics"][column] for run in members]
-        means, low, high = draw_mean(axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
-                          markevery=max(1, len(columns[0]) // 10),
-                          label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
+        means, low, high = draw_mean(
+            axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
+            markevery=max(1, len(columns[0]) // 10),
+            label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
         ends.append((len(means), means[-1], f"{label} {number(means[-1])}", styles[label]["color"], 1.0))
         first_seen = min(int(skip * last), len(means) - 1)
         seen += low[first_seen:] + high[first_seen:]
@@ -406,6 +408,11 @@ def seeds_note(groups, what):
     return what if any(len(members) > 1 for members in groups.values()) else "one seed a model: no interval"
 
 
+def side_by_side(width, groups):
+    """How far from the middle each group stands, so that together they take this width and none hides another."""
+    return [width * ((place + 0.5) / len(groups) - 0.5) for place in range(len(groups))]
+
+
 def draw_noise(dataset, groups, styles):
     """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
     names = shared_corruptions(groups)
@@ -437,8 +444,7 @@ def draw_relevance(dataset, groups, styles):
     conditions, blocks = attention_axes(groups)
     figure = Figure(figsize=(11, 0.8 + 3 * len(blocks)), layout="constrained")
     for axes, block in zip(figure.subplots(len(blocks), 1, sharex=True, sharey=True, squeeze=False).flat, blocks):
-        for place, (label, members) in enumerate(groups.items()):
-            offset = 0.8 * ((place + 0.5) / len(groups) - 0.5)
+        for offset, (label, members) in zip(side_by_side(0.8, groups), groups.items()):
             values = [[attention_of(run, condition, block, "irrelevant_share") for run in members]
                       for condition in conditions]
             axes.bar([i + offset for i in range(len(conditions))], [statistics.fmean(own) for own in values],
@@ -500,8 +506,7 @@ def draw_blocks(dataset, groups, styles):
     for row, (name, title) in zip(figure.subplots(3, len(conditions), sharex=True, sharey="row", squeeze=False),
                                   titles.items()):
         for axes, condition in zip(row, conditions):
-            for place, (label, members) in enumerate(groups.items()):
-                offset = 0.25 * ((place + 0.5) / len(groups) - 0.5)  # so that no interval hides another
+            for offset, (label, members) in zip(side_by_side(0.25, groups), groups.items()):
                 values = [[attention_of(run, condition, block, name) for run in members] for block in blocks]
                 axes.errorbar([block + offset for block in blocks], [statistics.fmean(own) for own in values],
                               [confidence(own) or 0.0 for own in values] if len(members) > 1 else None,

@@ -2012,8 +2012,15 @@ def blocks_of(table):
     return re.findall(r"(?:^\|.*\n)+", table, re.MULTILINE)
 
 
+def assert_written_and_in_the_readme(table, path):
+    """The table is what the file has, and the README has all its rows."""
+    assert path.read_text() == table
+    readme = (HERE / "README.md").read_text()
+    assert all(block in readme for block in blocks_of(table))
+
+
 def test_readme_tables_are_those_of_the_reference_runs():
-    folder, readme = HERE / "runs/reference", (HERE / "README.md").read_text()
+    folder = HERE / "runs/reference"
     runs, skipped = plot.find_runs(folder)
     datasets, doubled = plot.group_runs(runs)
     assert set(datasets) == {"mnist", "fashionmnist", "clutteredmnist"} and not skipped and not doubled
@@ -2021,22 +2028,18 @@ def test_readme_tables_are_those_of_the_reference_runs():
         assert set(groups) == set(MODELS) - ({"vitbalanced"} if dataset == "clutteredmnist" else set())
         for name, make_table in [("table", plot.write_table), ("noise-table", plot.noise_table),
                                  ("attention-table", plot.attention_table)]:
-            table = make_table(dataset, groups)
-            assert (folder / f"{dataset}-{name}.md").read_text() == table
-            assert all(block in readme for block in blocks_of(table))
+            assert_written_and_in_the_readme(make_table(dataset, groups), folder / f"{dataset}-{name}.md")
 
 
 @pytest.mark.parametrize("fault", ["activated", "ordered", "matched"])
 def test_readme_tables_of_the_published_faults(fault):
     """They are those of runs/faults, three seeds of the reference recipe but for the fault."""
-    folder, readme = HERE / "runs/faults" / fault, (HERE / "README.md").read_text()
+    folder = HERE / "runs/faults" / fault
     runs, _ = plot.find_runs(folder)
     groups = plot.group_runs(runs)[0]["mnist"]
     assert {label: [run["seed"] for run in members] for label, members in groups.items()} == {
         "vit": [0, 1, 2], "vitdiff": [0, 1, 2]}
-    table = plot.write_table("mnist", groups)
-    assert (folder / "mnist-table.md").read_text() == table
-    assert all(block in readme for block in blocks_of(table))
+    assert_written_and_in_the_readme(plot.write_table("mnist", groups), folder / "mnist-table.md")
     changed = {"vit": dict(mlp_dim=160)} if fault == "matched" else {}
     for _, config, *_ in runs:
         reference = json.loads((HERE / f"runs/reference/mnist-{config['model']}-seed0/config.json").read_text())

@@ -429,11 +429,14 @@ def pixel_centers(height, width, device):
 
 
 def augment(pixels, noise, settings):
-    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W), background 0; noise (B, 7), -1 to 1."""
+    """Mirror and map affinely, each image by its own draw: pixels (B, C, H, W) from 0 to 255, background 0; noise (B, 7),
+    -1 to 1."""
     if settings["flip"]:
         pixels = torch.where(noise[:, 6, None, None, None] < 0, pixels.flip(3), pixels)
     if not any(settings[name] for name in ("rotation", "scale", "shear", "shift")):
         return pixels
+    if pixels.device.type == "mps":  # which has no bicubic interpolation
+        return augment(pixels.cpu(), noise.cpu(), settings | dict(flip=False)).to(pixels.device)
     angle = math.radians(settings["rotation"]) * noise[:, 0]
     wide, tall = (1 + settings["scale"] * noise[:, 1:3]).unbind(1)
     slant = settings["shear"] * noise[:, 3]
@@ -444,7 +447,9 @@ def augment(pixels, noise, settings):
                          sin * wide, (sin * slant + cos) * tall, down], dim=1).unflatten(1, (2, 3))
     height, width = pixels.shape[2:]
     grid = theta.flatten(0, 1) @ pixel_centers(height, width, pixels.device)  # F.affine_grid takes five times as long
-    return F.grid_sample(pixels, grid.view(-1, 2, height, width).permute(0, 2, 3, 1), align_corners=False)
+    grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)
+    # Bilinear interpolation would blur the images that a model learns from, and not those that it is tested on.
+    return F.grid_sample(pixels, grid, mode="bicubic", align_corners=False).clamp(0, 255)
 
 
 @functools.cache

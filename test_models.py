@@ -2045,26 +2045,29 @@ def test_readme_tables_of_the_published_faults(fault):
     """They are those of runs/faults, three seeds of the reference recipe but for the fault."""
     folder = HERE / "runs/faults" / fault
     runs, _ = plot.find_runs(folder)
-    groups = plot.group_runs(runs)[0]["mnist"]
-    assert {label: [run["seed"] for run in members] for label, members in groups.items()} == {
-        "vit": [0, 1, 2], "vitdiff": [0, 1, 2]}
-    assert_written_and_in_the_readme(plot.write_table("mnist", groups), folder / "mnist-table.md")
+    datasets, _ = plot.group_runs(runs)
+    assert set(datasets) == ({"mnist", "fashionmnist"} if fault == "matched" else {"mnist"})
+    for dataset, groups in datasets.items():
+        assert {label: [run["seed"] for run in members] for label, members in groups.items()} == {
+            "vit": [0, 1, 2], "vitdiff": [0, 1, 2]}
+        assert_written_and_in_the_readme(plot.write_table(dataset, groups), folder / f"{dataset}-table.md")
     changed = {"vit": dict(mlp_dim=160)} if fault == "matched" else {}
     for _, config, *_ in runs:
-        reference = json.loads((HERE / f"runs/reference/mnist-{config['model']}-seed0/config.json").read_text())
+        name = f"{config['dataset']}-{config['model']}-seed0"
+        reference = json.loads((HERE / "runs/reference" / name / "config.json").read_text())
         flags = train.parse_flags(["--compile"])
-        settings = train.resolve_settings(flags, config["model"], "mnist", config["seed"], CPU)
+        settings = train.resolve_settings(flags, config["model"], config["dataset"], config["seed"], CPU)
         assert {name: config[name] for name in settings} == settings | changed.get(config["model"], {})
         assert config["git_commit"].removesuffix("-dirty") == reference["git_commit"]
 
 
-def test_the_reference_runs_are_of_all_seeds_and_one_commit():
+def test_the_reference_runs_are_of_all_seeds_and_comparable_ones_of_one_commit():
     configs = [config for _, config, *_ in plot.find_runs(HERE / "runs/reference")[0]]
     assert sorted((config["dataset"], config["model"], config["seed"]) for config in configs) == sorted(
         [*itertools.product(["mnist", "fashionmnist"], MODELS, range(5)),
          *itertools.product(["clutteredmnist"], ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(3))])
-    (commit,) = {config["git_commit"] for config in configs}
-    assert re.fullmatch("[0-9a-f]{40}", commit)
+    commits = {("clutter" in config["dataset"], config["git_commit"]) for config in configs}
+    assert len(commits) == 2 and all(re.fullmatch("[0-9a-f]{40}", commit) for _, commit in commits)
 
 
 def test_a_flag_left_out_has_the_value_of_the_reference_runs():

@@ -481,12 +481,12 @@ def test_each_strength_does_what_it_says(mnist):
     flipped = augmented("flip", True)
     assert torch.equal(flipped[0], pixels[0].flip(2)) and torch.equal(flipped[1], pixels[1])
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    ramp = (4 * x + 60).expand(3, 1, 28, 28)  # its value says where a pixel came from; 4 is one pixel
+    ramp = (4 * x + 60).expand(3, 1, 28, 28)  # where a pixel came from; bicubic is off by 0.05 of a pixel, 0.2
     inside = (slice(None), slice(None), slice(6, 22), slice(6, 22))
     wide = train.augment(ramp, extreme["scale"], augmentation(scale=0.12))
-    torch.testing.assert_close(wide[inside], (ramp + 0.12 * 4 * (x - 13.5))[inside], rtol=0, atol=0.3)
+    torch.testing.assert_close(wide[inside], (ramp + 0.12 * 4 * (x - 13.5))[inside], rtol=0, atol=0.2)
     slanted = train.augment(ramp, extreme["shear"], augmentation(shear=0.12))
-    torch.testing.assert_close(slanted[inside], (ramp + 0.12 * 4 * (y - 13.5))[inside], rtol=0, atol=0.3)
+    torch.testing.assert_close(slanted[inside], (ramp + 0.12 * 4 * (y - 13.5))[inside], rtol=0, atol=0.2)
 
 
 def test_default_augmentation_is_small_and_each_images_own(mnist):
@@ -2053,8 +2053,8 @@ def test_readme_tables_of_the_published_faults(fault):
         assert_written_and_in_the_readme(plot.write_table(dataset, groups), folder / f"{dataset}-table.md")
     changed = {"vit": dict(mlp_dim=160)} if fault == "matched" else {}
     for _, config, *_ in runs:
-        name = f"{config['dataset']}-{config['model']}-seed0"
-        reference = json.loads((HERE / "runs/reference" / name / "config.json").read_text())
+        unchanged = HERE / f"runs/reference/{config['dataset']}-{config['model']}-seed0"
+        reference = json.loads((unchanged / "config.json").read_text())
         flags = train.parse_flags(["--compile"])
         settings = train.resolve_settings(flags, config["model"], config["dataset"], config["seed"], CPU)
         assert {name: config[name] for name in settings} == settings | changed.get(config["model"], {})

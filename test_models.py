@@ -2040,18 +2040,19 @@ def test_readme_tables_are_those_of_the_reference_runs():
             assert_written_and_in_the_readme(make_table(dataset, groups), folder / f"{dataset}-{name}.md")
 
 
-@pytest.mark.parametrize("fault", ["activated", "ordered", "matched"])
+@pytest.mark.parametrize("fault", ["activated", "ordered", "matched", "rate"])
 def test_readme_tables_of_the_published_faults(fault):
-    """They are those of runs/faults, three seeds of the reference recipe but for the fault."""
+    """They are those of runs/faults, three seeds or five of the reference recipe but for the fault."""
     folder = HERE / "runs/faults" / fault
     runs, _ = plot.find_runs(folder)
     datasets, _ = plot.group_runs(runs)
     assert set(datasets) == ({"mnist", "fashionmnist"} if fault == "matched" else {"mnist"})
     for dataset, groups in datasets.items():
         assert {label: [run["seed"] for run in members] for label, members in groups.items()} == {
-            "vit": [0, 1, 2], "vitdiff": [0, 1, 2]}
+            model: list(range(5 if fault == "rate" else 3)) for model in ["vit", "vitdiff"]}
         assert_written_and_in_the_readme(plot.write_table(dataset, groups), folder / f"{dataset}-table.md")
-    changed = {"vit": dict(mlp_dim=160)} if fault == "matched" else {}
+    changed = {"matched": {"vit": dict(mlp_dim=160)},
+               "rate": {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)}}.get(fault, {})
     for _, config, *_ in runs:
         unchanged = HERE / f"runs/reference/{config['dataset']}-{config['model']}-seed0"
         reference = json.loads((unchanged / "config.json").read_text())
@@ -2068,6 +2069,21 @@ def test_the_reference_runs_are_of_all_seeds_and_of_one_commit():
          *itertools.product(["clutteredmnist"], ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(3))])
     (commit,) = {config["git_commit"] for config in configs}
     assert re.fullmatch("[0-9a-f]{40}", commit)
+
+
+def test_vit_was_tuned_no_less_than_vitdiff():
+    """The trials on record, of MNIST and Fashion-MNIST; in brackets is of how many runs a figure is the mean."""
+    text = (HERE / "runs/reference/README.md").read_text().split("## How the recipe was chosen")[1]
+    trials = [[], []]
+    for line in text[:text.index("Cluttered MNIST, one seed")].splitlines():
+        for column, cell in zip(trials, line.split("|")[2:4] if line.startswith("|") else []):
+            if re.search(r"\d", cell):
+                runs = re.search(r"\((\d+)\)", cell)
+                column.append(int(runs[1]) if runs else 1)
+    (vit, vit_runs), (vitdiff, vitdiff_runs) = ((len(column), sum(column)) for column in trials)
+    assert (f"{vit} figures of `vit`, from {vit_runs} training runs, and {vitdiff} of `vitdiff`, from {vitdiff_runs}"
+            in " ".join(text.split()))
+    assert vit_runs >= vitdiff_runs
 
 
 def test_a_flag_left_out_has_the_value_of_the_reference_runs():

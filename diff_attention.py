@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 def softmax_map(q, k):
@@ -19,10 +18,11 @@ def softmax_map(q, k):
 
 
 def softmax_attention(q, k, v):
-    """softmax(q k' / sqrt(d)) v: q (B, H, M, d), k (B, H, N, d), v (B, H, N, e) -> (B, H, M, e)."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v)
-    return softmax_map(q, k) @ v  # on a CPU two plain products beat the fused kernel at these sizes
+    """softmax(q k' / sqrt(d)) v: q (B, H, M, d), k (B, H, N, d), v (B, H, N, e) -> (B, H, M, e).
+
+    Two plain products: at these sizes they beat the fused kernel on a CPU, and they can be mapped over seeds anywhere.
+    """
+    return softmax_map(q, k) @ v
 
 
 def differential_map(q, k, lam):
@@ -47,17 +47,18 @@ def differential_attention(q, k, v, lam):
     Returns:
         (B, H, M, e), neither normalised nor projected.
     """
-    if q.is_cuda:
-        first, second = softmax_attention(q, k, v.repeat_interleave(2, dim=1)).unflatten(1, (-1, 2)).unbind(2)
-        return first - lam * second
     return differential_map(q, k, lam) @ v
 
 
+class SizeError(ValueError):
+    """Sizes of a model that do not fit together."""
+
+
 def check_heads(dim, num_heads, branches=1):
-    """Raise a ValueError unless `num_heads` heads of `branches` equal parts share the width `dim` out evenly."""
+    """Raise a SizeError unless the width `dim` is divisible by `num_heads` heads of `branches` equal parts."""
     if num_heads < 1 or dim % (num_heads * branches):
         parts = f"{num_heads} heads" + (f" of {branches} branches" if branches > 1 else "")
-        raise ValueError(f"width {dim} is not divisible by {parts}: choose another width or number of heads")
+        raise SizeError(f"width {dim} is not divisible by {parts}: choose another width or number of heads")
 
 
 def split_heads(x, num_heads):
@@ -86,7 +87,7 @@ class DiffAttention(nn.Module):
         qkv_bias, proj_bias: whether the projections have biases.
 
     Raises:
-        ValueError: if the heads do not divide the width.
+        SizeError: if the heads do not divide the width.
     """
 
     def __init__(self, dim, num_heads, depth, head_dim=None, qkv_bias=False, proj_bias=True):
@@ -147,7 +148,7 @@ class DiffAttentionV2(nn.Module):
         qkv_bias, proj_bias: whether the projections have biases.
 
     Raises:
-        ValueError: if the heads do not divide the width.
+        SizeError: if the heads do not divide the width.
     """
 
     def __init__(self, dim, num_heads, depth=0, qkv_bias=False, proj_bias=True):

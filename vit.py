@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diff_attention import (DiffAttention, DiffAttentionV2, check_heads, merge_heads, softmax_attention,
+from diff_attention import (DiffAttention, DiffAttentionV2, SizeError, check_heads, merge_heads, softmax_attention,
                             softmax_map, split_heads)
 
 
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
         qkv_bias, proj_bias: whether the projections have biases.
 
     Raises:
-        ValueError: if the heads do not divide the width.
+        SizeError: if the heads do not divide the width.
     """
 
     def __init__(self, dim, num_heads, depth=0, qkv_bias=False, proj_bias=True):
@@ -134,7 +134,7 @@ class ViT(nn.Module):
         dropout: probability, on the embedded tokens, in the MLPs and on what each half of a block adds.
 
     Raises:
-        ValueError: if a size is below 1, the patch does not divide the image or the heads do not divide the width.
+        SizeError: if a size is below 1, the patch does not divide the image or the heads do not divide the width.
     """
 
     def __init__(self, image_size=28, patch_size=7, in_channels=1, num_classes=10, dim=32, depth=2, num_heads=2,
@@ -145,10 +145,10 @@ class ViT(nn.Module):
                      dim=dim, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} is {size}: it must be at least 1")
+                raise SizeError(f"{name} is {size}: it must be at least 1")
         if image_size % patch_size:
-            raise ValueError(f"patch size {patch_size} does not divide image size {image_size}: "
-                             f"choose one of {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
+            raise SizeError(f"patch size {patch_size} does not divide image size {image_size}: "
+                            f"choose one of {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
         side = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim, norm=patch_norm)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -198,7 +198,7 @@ def doubled_diff_attention(dim, num_heads, **kwargs):
     return DiffAttention(dim, num_heads, head_dim=dim // num_heads, **kwargs)
 
 
-# To add an attention of your own, write its class and give it a row here.
+# To add an attention of your own, write its class and give it a row here, or do both in a file for train.py --plugin.
 MODELS = {
     "vit": dict(attention=SelfAttention),
     "vitbalanced": dict(attention=SelfAttention, dim=48),
@@ -213,7 +213,7 @@ def build_model(name, image_size=28, in_channels=1, num_classes=10, **overrides)
 
     Raises:
         KeyError: if MODELS has no such row.
-        ValueError: if the sizes do not fit together.
+        SizeError: if the sizes do not fit together.
     """
     sizes = dict(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     return ViT(**sizes, **(MODELS[name] | overrides))

@@ -1,0 +1,206 @@
+"""What a training step costs, and how that grows with the size of the model, the image and the batch.
+
+    python benchmark.py --model vit vitdiff --seed 0 1 2 3 4
+    python benchmark.py --model vit vitdiff --growth
+
+takes the flags of train.py, trains nothing to the end, and writes benchmark.csv or growth.csv, and a table of it in
+Markdown, into --runs-dir. What is compared is timed in turns, as other processes slow everything down for a while.
+"""
+
+import itertools
+import math
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import analysis
+import data
+import records
+import train
+
+GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 6, 4, 2], batch_size=[32, 128, 512, 2048])
+ROUNDS, CALLS = 10, 16
+
+
+def make_step(settings, seeds, splits, device, compiled):
+    """A function of nothing that takes one whole training step of a stack: batch, augmentation, forward, backward,
+    clipping, optimizer."""
+    stack = train.Stack(settings, seeds, "", device, captured=compiled and device.type == "cuda")
+    if compiled and not stack.captured:
+        train.compile_forward(stack, settings, settings["batch_size"], required=True)
+    images, labels = splits["train"]
+    copies = math.ceil(2 * ROUNDS * CALLS * settings["batch_size"] / len(labels))  # so that no epoch ends meanwhile
+    split = data.Split(images.repeat(copies, 1, 1, 1), labels.repeat(copies))
+    batches = train.train_stack(stack, splits | dict(train=split), settings)
+    return lambda: next(batches)
+
+
+def measure_seconds(function, device):
+    """How long a call takes, what it started on the device included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def time_in_turn(functions, device, rounds, calls):
+    """Seconds of every call of each function, which take turns of several calls; the first call of a turn, which finds
+    the caches full of another's data, is not counted."""
+    times = [[] for _ in functions]
+    for _ in tqdm(range(rounds), desc="timing", unit=" rounds", leave=False, disable=None):
+        for seconds, function in zip(times, functions):
+            seconds += [measure_seconds(function, device) for _ in range(calls)][1:]
+    return times
+
+
+def training_flops(settings):
+    """FLOPs of the forward and backward pass of an image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        analysis.make_model(settings)(analysis.empty_images(settings, 1)).sum().backward()
+    return counter.get_total_flops()
+
+
+def benchmark_steps(experiments, splits, device, with_compiled):
+    """Rows of benchmark.csv: each experiment by one seed and, where several are given, by their stack; plain and, if
+    so wanted, compiled."""
+    rows, steps, evaluations = [], [], []
+    for settings, facts, seeds, _ in experiments:
+        flops, dataset = training_flops(settings), settings["dataset"]
+        model = analysis.make_model(settings).to(device)
+        for stack, compiled in itertools.product(dict.fromkeys([(seeds[0],), tuple(seeds)]),
+                                                 [False, True] if with_compiled else [False]):
+            begin = time.perf_counter()
+            steps.append(make_step(settings, list(stack), splits[dataset], device, compiled))
+            measure_seconds(steps[-1], device)
+            evaluations.append(lambda model=model, split=splits[dataset]["val"], settings=settings:
+                               analysis.evaluate(model, split, settings))
+            rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(stack), compiled=compiled,
+                             batch_size=settings["batch_size"], parameters=facts["parameters"],
+                             training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, ROUNDS, CALLS)
+    peak, one_seed = 2 * side**3 / statistics.median(products), {}
+    for row, training, evaluation in zip(rows, trainings, time_in_turn(evaluations, device, rounds=3, calls=3)):
+        low, *_, high = statistics.quantiles(training, n=10)
+        milliseconds = 1e3 * statistics.median(training)
+        images_per_second = 1e3 * row["seeds"] * row["batch_size"] / milliseconds
+        relative = milliseconds / row["seeds"] / one_seed.setdefault((row["dataset"], row["model"]), milliseconds)
+        row.update(
+            ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
+            relative_to_one_seed=relative, images_per_second=images_per_second,
+            epoch_seconds=row["seeds"] * train.training_size(row["dataset"]) / images_per_second,
+            evaluation_images_per_second=data.VALIDATION_SIZE / statistics.median(evaluation),
+            peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
+    return rows
+
+
+def steps_table(rows):
+    return markdown(
+        ["model, data set", "seeds", "compiled", "ms a step (10% to 90%)", "ms a seed", "relative to one seed, plain",
+         "images/s", "s an epoch", "MFLOPs an image", "share of peak", "images/s evaluated", "warm-up, s"],
+        [[f"{row['model']}, {row['dataset']}", f"{row['seeds']}", "yes" if row["compiled"] else "no",
+          f"{row['ms_per_step']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})", f"{row['ms_per_seed']:.2f}",
+          f"{row['relative_to_one_seed']:.2f}", f"{row['images_per_second']:,.0f}", f"{row['epoch_seconds']:.1f}",
+          f"{row['training_flops_per_image'] / 1e6:.2f}", f"{row['share_of_peak']:.1%}",
+          f"{row['evaluation_images_per_second']:,.0f}", f"{row['warm_up_seconds']:.1f}"] for row in rows])
+
+
+def benchmark_growth(experiments, splits, device):
+    """Rows of growth.csv: plain steps of one seed while one size grows; MLP and head stay four times as wide as the
+    tokens."""
+    rows, steps = [], []
+    for (settings, _, seeds, _), (size, values) in itertools.product(experiments, GROWTH.items()):
+        for value in values:
+            grown = settings | {size: value}
+            if size == "dim":
+                grown |= dict(mlp_dim=4 * value, head_hidden_dim=4 * value)
+            side = data.DATASETS[settings["dataset"]]["image_size"]
+            tokens = (side // grown["patch_size"]) ** 2 + 1
+            if side % grown["patch_size"] or tokens > 257:
+                continue
+            step = make_step(grown, seeds[:1], splits[settings["dataset"]], device, compiled=False)
+            step()
+            row = dict(dataset=settings["dataset"], model=settings["model"],
+                       size="tokens" if size == "patch_size" else size, value=tokens if size == "patch_size" else value)
+            if device.type == "cuda":
+                row["peak_megabytes"] = peak_memory(step, device) / 2**20
+            rows.append(row)
+            steps.append(step)
+    for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=4)):
+        row["ms_per_step"] = 1e3 * statistics.median(times)
+    return rows
+
+
+def peak_memory(step, device):
+    """The most bytes that the CUDA allocator gives out during a step, above what it had given out before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def growth_table(rows):
+    """A line for each size, data set and model; the exponent is the slope of a line through the logarithms."""
+    lines, header = [], ["what grows", "model, data set", "from, to"]
+    figures = {name: heading for name, heading in [("ms_per_step", "ms a step"), ("peak_megabytes", "peak MB")]
+               if name in rows[0]}
+    order = ["tokens" if size == "patch_size" else size for size in GROWTH]
+    key = lambda row: (order.index(row["size"]), row["dataset"], row["model"])
+    for (size, dataset, model), group in itertools.groupby(sorted(rows, key=key), key=key):
+        group = list(group)
+        line = [order[size], f"{model}, {dataset}", ", ".join(f"{row['value']}" for row in group)]
+        for name in figures:
+            exponent = statistics.linear_regression([math.log(row["value"]) for row in group],
+                                                    [math.log(row[name]) for row in group]).slope
+            line += [", ".join(f"{row[name]:.1f}" for row in group), f"{exponent:.2f}"]
+        lines.append(line)
+    return markdown(header + [cell for heading in figures.values() for cell in (heading, "exponent")], lines)
+
+
+def markdown(header, rows):
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows])
+
+
+def run_benchmark(args):
+    if analysis.started_by_torchrun():
+        raise records.UserError("benchmark.py takes one process: leave out torchrun")
+    plugin = records.execute_plugin(args.plugin) if args.plugin else None
+    train.check_flags(args)
+    device = analysis.pick_device(args.device)
+    experiments = train.plan_experiments(args, device, plugin)
+    splits = {name: data.load_splits(name, args.data_dir, device)
+              for name in dict.fromkeys(experiment.settings["dataset"] for experiment in experiments)}
+    train.warn_if_busy(device)
+    torch._dynamo.config.recompile_limit = 10 * len(experiments)  # so that all can stay compiled side by side
+    if args.growth:
+        name, rows = "growth", benchmark_growth(experiments, splits, device)
+        table = growth_table(rows)
+    else:
+        with_compiled = train.is_compiled(args.compile, train.COMPILED_STEPS, device)
+        name, rows = "benchmark", benchmark_steps(experiments, splits, device, with_compiled)
+        table = steps_table(rows)
+    machine = dict(device_name=analysis.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    with records.locked(args.runs_dir):
+        records.write_csv(args.runs_dir / f"{name}.csv", [row | machine for row in rows], number="{:.6g}")
+        records.write_whole(args.runs_dir / f"{name}.md", table)
+    print(table, end="")
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    parser = train.make_parser("benchmark.py", __doc__)
+    parser.add_argument("--growth", action="store_true", help="time growing sizes in place of seeds and compilation")
+    args = train.parse_flags(argv, parser)
+    train.keep_freed_memory()
+    return records.exit_status("benchmark.py", run_benchmark, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""What the models see: data sets, splits, augmentation, cluttered canvases, corruptions, normalisation.
+
+Pixels in, pixels out: a whole split lives on the device in bytes, and batches are cut, augmented and normalised there.
+All random numbers are drawn on the CPU from seeds of their own, so that they are the same on every device.
+"""
+
+import functools
+import math
+import struct
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import records
+from records import UserError
+
+Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,)
+
+# What each data set is, and `defaults`, the settings whose default depends on it. Mean and deviation are those of the
+# training archive's pixels, from 0 to 1. Augmentation keeps the class: a mirrored garment is one, a mirrored digit not.
+DIGITS = dict(epochs=20, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0, rotation=15.0,
+              scale=0.15, shear=0.15, shift=1.0, flip=False)
+# A cluttered data set: each image somewhere on a larger canvas, with fragments of others, as in Mnih et al. 2014
+# (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the image, not the canvas: the canvases
+# are new in every epoch, and without affine maps of the images on them `vit` learns faster.
+CLUTTER = dict(epochs=20, lr=3e-3, muon_lr=1e-2, weight_decay=0.03, patch_size=6, distractors=4, rotation=0.0,
+               scale=0.0, shear=0.0, shift=0.0)
+DATASETS = {
+    "mnist": dict(
+        source="MNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1307], std=[0.3081],
+        defaults=DIGITS),
+    "fashionmnist": dict(
+        source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
+        defaults=dict(epochs=30, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0,
+                      rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True)),
+    "kmnist": dict(
+        source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
+        defaults=DIGITS),
+    "cifar10": dict(
+        source="CIFAR10", image_size=32, in_channels=3, sizes=(50_000, 10_000),
+        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        defaults=dict(epochs=30, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
+                      rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True)),
+}
+DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(
+    image_size=60, object_size=28, mean=[mean], std=[std], defaults=DATASETS[name]["defaults"] | CLUTTER)
+    for name, mean, std in [("mnist", 0.0430, 0.1876), ("fashionmnist", 0.0879, 0.2391)]}
+NUM_CLASSES = 10
+VALIDATION_SIZE = 5_000
+EVALUATION_BATCH = 1_000
+FRAGMENT = 8  # pixels a side of a distractor on a canvas
+AUGMENTATION_DRAWS = 7  # random numbers an image
+# How test images are corrupted, at severities 1 to 5: the same for every model and data set. The six kinds are common
+# ones (impulse and shot noise are also in MNIST-C, Mu and Gilmer 2019, arXiv 1906.02337); the amounts are our own.
+CORRUPTIONS = {
+    "gaussian_noise": [0.04, 0.08, 0.12, 0.16, 0.2],  # deviation of what is added, of the way from black to white
+    "impulse_noise": [0.01, 0.03, 0.06, 0.1, 0.15],  # share of the pixels that turn black or white
+    "shot_noise": [30, 10, 4, 1.5, 0.5],  # photons that a white pixel has on average
+    "occlusion": [2, 4, 6, 8, 10],  # pixels a side of black squares, 4 for each 28x28 pixels
+    "distractors": [2, 4, 6, 8, 10],  # the same of fragments of other images of the split
+    "blur": [0.5, 1.0, 1.5, 2.0, 2.5],  # deviation of a Gaussian, in pixels
+}
+
+
+def is_cluttered(dataset):
+    return "object_size" in DATASETS[dataset]
+
+
+def mix_seed(*key):
+    """A seed for any key, such as (seed, epoch, purpose): a CPU generator uses only the low 32 bits of its seed."""
+    return zlib.crc32(repr(key).encode())
+
+
+# From archives to splits.
+
+def load_splits(name, data_dir, device):
+    """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}. Of a cluttered data set
+    these are the images that are put on canvases.
+
+    The 5,000 validation images are drawn from the training archive by a generator of fixed seed: the same for every
+    model and seed.
+
+    Raises:
+        UserError: if the data are missing and cannot be downloaded, or a file is not the original.
+    """
+    import torchvision
+    source = getattr(torchvision.datasets, DATASETS[name]["source"])
+    extract(name, source, data_dir)
+
+    def read(train):
+        archive = source(data_dir, train=train)
+        images = torch.as_tensor(archive.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)  # (N, C, H, W)
+        return images.contiguous(), torch.as_tensor(archive.targets)
+
+    def split(images, labels):
+        return Split(images.to(device), labels.to(device))
+
+    images, labels = read(train=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    val, train = order[:VALIDATION_SIZE], order[VALIDATION_SIZE:]
+    return {"train": split(images[train], labels[train]), "val": split(images[val], labels[val]),
+            "test": split(*read(train=False))}
+
+
+def extract(name, source, data_dir):
+    """Have torchvision's class `source` extract its archives, and download what is missing, unless that is done.
+    What is there is never changed."""
+    from torchvision.datasets.utils import check_integrity
+    if check_extracted(name, source, data_dir):
+        return
+    if hasattr(source, "resources"):
+        folder, archives = data_dir / source.__name__ / "raw", dict(source.resources)
+    else:
+        folder, archives = data_dir, {source.filename: source.tgz_md5}
+    with records.locked(data_dir, wait=True):  # of two commands started together, one extracts
+        if check_extracted(name, source, data_dir):
+            return
+        missing = [archive for archive in archives if not (folder / archive).exists()]
+        for archive in archives.keys() - missing:
+            if not check_integrity(folder / archive, archives[archive]):
+                raise UserError(f"{folder / archive} is cut short or not the original archive: move it away and put "
+                                "the original in its place, or run again with a network to download it")
+        try:
+            source(data_dir, download=True)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{name} is incomplete and could not be downloaded ({records.first_line(error)}): put "
+                            f"{', '.join(missing or archives)} into {folder}") from None
+        check_extracted(name, source, data_dir)
+
+
+def check_extracted(name, source, data_dir):
+    """Whether all extracted files exist; a UserError that names the first of them that is not the original."""
+    from torchvision.datasets.utils import check_integrity
+    if hasattr(source, "resources"):
+        side = DATASETS[name].get("object_size", DATASETS[name]["image_size"])
+        shapes = [shape for size in DATASETS[name]["sizes"] for shape in [(size, side, side), (size,)]]
+        paths = [data_dir / source.__name__ / "raw" / Path(archive).stem for archive, _ in source.resources]
+        checks = [lambda path=path, shape=shape: is_idx(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+    else:
+        members = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+        paths = [data_dir / source.base_folder / member for member, _ in members]
+        checks = [lambda path=path, md5=md5: check_integrity(path, md5) for path, (_, md5) in zip(paths, members)]
+    found = [path.exists() for path in paths]
+    for path, exists, is_original in zip(paths, found, checks):
+        if exists and not is_original():
+            raise UserError(f"{path} is cut short or not the original: move it away and run again, and it is extracted "
+                            "from its archive")
+    return all(found)
+
+
+def is_idx(path, shape):
+    """Whether the file is, by header and size, an array of bytes of this shape in the IDX format."""
+    header = struct.pack(f">{1 + len(shape)}i", 0x800 + len(shape), *shape)
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header and path.stat().st_size == len(header) + math.prod(shape)
+
+
+# Training batches.
+
+def draw_epoch(seeds, epoch, split, settings):
+    """Each seed's order of the images (S, N) and their draws (S, N, R), from -1 to 1, in an epoch counted from 1."""
+    count, parts = len(split.labels), []
+    width = AUGMENTATION_DRAWS + (2 + 5 * settings["distractors"] if is_cluttered(settings["dataset"]) else 0)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
+        parts.append((torch.randperm(count, generator=generator),
+                      2 * torch.rand(count, width, generator=generator) - 1))
+    return [torch.stack(part).to(split.labels.device) for part in zip(*parts)]
+
+
+def get_batch(split, index, draws, settings):
+    """Augmented, normalised images (S, B, C, H, W) and labels (S, B), by index (S, B) and draws (S, B, R)."""
+    pixels = training_pixels(split, index.flatten(), draws.flatten(0, 1), settings)
+    return normalize(pixels, settings["dataset"]).unflatten(0, index.shape), split.labels[index]
+
+
+def training_pixels(split, index, draws, settings):
+    """Images of the split, by index (B,), as a model is to see them, (B, C, H, W) from 0 to 255; draws (B, R)."""
+    pixels = augment(split.images[index].float(), draws[:, :AUGMENTATION_DRAWS], settings)
+    return clutter(pixels, index, draws[:, AUGMENTATION_DRAWS:], split, settings["dataset"])
+
+
+def augment(pixels, draws, settings):
+    """Flip and map affinely, each image by its own draws: pixels (B, C, H, W) from 0 to 255 on a background of 0; draws
+    (B, 7), from -1 to 1."""
+    if settings["flip"]:
+        pixels = torch.where(draws[:, 6, None, None, None] < 0, pixels.flip(3), pixels)
+    if not any(settings[name] for name in ("rotation", "scale", "shear", "shift")):
+        return pixels
+    if pixels.device.type == "mps":  # which has no bicubic interpolation
+        return augment(pixels.cpu(), draws.cpu(), settings | dict(flip=False)).to(pixels.device)
+    angle = math.radians(settings["rotation"]) * draws[:, 0]
+    width_factor, height_factor = (1 + settings["scale"] * draws[:, 1:3]).unbind(1)
+    shear = settings["shear"] * draws[:, 3]
+    right, down = (2 * settings["shift"] / pixels.shape[-1] * draws[:, 4:6]).unbind(1)  # the image is 2 wide
+    cos, sin = angle.cos(), angle.sin()
+    # A point of the new image is looked up in the old one at rotate(shear(scale(point))) + shift.
+    theta = torch.stack([cos * width_factor, (cos * shear - sin) * height_factor, right,
+                         sin * width_factor, (sin * shear + cos) * height_factor, down], dim=1).unflatten(1, (2, 3))
+    height, width = pixels.shape[2:]
+    grid = theta.flatten(0, 1) @ pixel_centers(height, width, pixels.device)  # F.affine_grid takes five times as long
+    grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)
+    # Bilinear interpolation would blur the images that a model learns from, and not those that it is tested on.
+    return F.grid_sample(pixels, grid, mode="bicubic", align_corners=False).clamp(0, 255)
+
+
+@functools.cache
+def pixel_centers(height, width, device):
+    """Rows x, y and 1 of all pixels (3, H W); the image reaches from -1 to 1. Made once, as pixel_statistics is."""
+    x, y = ((2 * torch.arange(size, device=device) + 1) / size - 1 for size in (width, height))
+    return torch.stack([x.repeat(height), y.repeat_interleave(width), torch.ones(height * width, device=device)])
+
+
+def normalize(pixels, dataset):
+    """Pixels (B, C, H, W) from 0 to 255 -> mean 0 and deviation 1 over the training archive."""
+    mean, std = pixel_statistics(dataset, pixels.device)
+    return (pixels / 255 - mean) / std
+
+
+@functools.cache
+def pixel_statistics(dataset, device):
+    """Mean and deviation (C, 1, 1) on the device, made once: at every step it would be a copy from the host."""
+    return [torch.tensor(DATASETS[dataset][key], device=device).view(-1, 1, 1) for key in ("mean", "std")]
+
+
+# Canvases.
+
+def clutter(images, index, draws, split, dataset):
+    """Images (B, C, h, w) each somewhere on a canvas (B, C, H, W), with fragments of other images of the split; or as
+    they are, where the data set is not cluttered.
+
+    index (B,): which images of the split these are. draws (B, 2 + 5 D), from -1 to 1: for the place and D fragments.
+    """
+    if not is_cluttered(dataset):
+        return images
+    size = DATASETS[dataset]["image_size"]
+    top, left = pick(draws[:, :2, None], size - images.shape[-1] + 1).unbind(1)
+    canvas = images.new_zeros(*images.shape[:2], size, size)
+    return add_fragments(paste(canvas, images.unsqueeze(1), top, left), index, draws[:, 2:], split, FRAGMENT)
+
+
+def add_fragments(pixels, index, draws, split, side):
+    """Paste squares, cut anywhere from other images of the split, anywhere onto pixels (B, C, H, W).
+
+    draws (B, 5 D), from -1 to 1: for each fragment its image, where it is cut and where it is pasted.
+    """
+    if not draws.shape[1]:
+        return pixels
+    other, *places = draws.unflatten(1, (-1, 5)).unbind(2)  # (B, D) each
+    count, channels, height, width = split.images.shape
+    other = (index[:, None] + 1 + pick(other, count - 1)) % count
+    sizes = [height, width, *pixels.shape[2:]]
+    top, left, new_top, new_left = (pick(place, size - side + 1) for place, size in zip(places, sizes))
+    cut = torch.arange(side, device=pixels.device)
+    fragments = split.images[
+        other[:, :, None, None, None], torch.arange(channels, device=pixels.device)[:, None, None],
+        (top[:, :, None] + cut)[:, :, None, :, None], (left[:, :, None] + cut)[:, :, None, None, :]]
+    return paste(pixels, fragments.type_as(pixels), new_top, new_left)
+
+
+def pick(draws, count):
+    """A whole number from 0 to count - 1 for each draw from -1 to 1."""
+    return ((draws + 1) / 2 * count).long().clamp_max(count - 1)
+
+
+def paste(pixels, pieces, top, left):
+    """Add pieces (B, D, C, h, w) to pixels (B, C, H, W) at rows `top` and columns `left` (B, D), within 0 to 255."""
+    height, width = (torch.arange(side, device=pixels.device) for side in pieces.shape[3:])
+    rows, columns = top[:, :, None, None] + height[:, None], left[:, :, None, None] + width
+    index = (rows * pixels.shape[3] + columns).flatten(1).unsqueeze(1).expand(-1, pixels.shape[1], -1)  # (B, C, D h w)
+    total = pixels.flatten(2).scatter_add(2, index, pieces.transpose(1, 2).flatten(2))
+    return total.clamp(0, 255).view_as(pixels)
+
+
+# Evaluation batches.
+
+def evaluation_pixels(split, settings):
+    """A split in its own order: pairs of the number of the first image and pixels (B, C, H, W) from 0 to 255.
+
+    The canvases of a cluttered data set are the same at every call, and those with more distractors have the same
+    ones and more.
+    """
+    count, device = len(split.labels), split.labels.device
+    generator = torch.Generator().manual_seed(mix_seed("canvases"))
+    widths = [2, *[5] * settings["distractors"]] if is_cluttered(settings["dataset"]) else [0]
+    draws = torch.cat([2 * torch.rand(count, width, generator=generator) - 1 for width in widths], 1).to(device)
+    for first in range(0, count, EVALUATION_BATCH):
+        index = torch.arange(first, min(first + EVALUATION_BATCH, count), device=device)
+        yield first, clutter(split.images[index].float(), index, draws[index], split, settings["dataset"])
+
+
+def evaluation_batches(split, settings, corruption=None, severity=0):
+    """A split in its own order: pairs of normalised images (B, C, H, W) and labels (B,)."""
+    for first, pixels in evaluation_pixels(split, settings):
+        images = normalize(corrupt(pixels, corruption, severity, first, split), settings["dataset"])
+        yield from cache_sized(images, split.labels[first:first + len(images)])
+
+
+def cache_sized(*tensors):
+    """A batch to be evaluated, on a CPU cut into parts that fit its caches: canvases then take half the time."""
+    return zip(*(tensor.split(EVALUATION_BATCH // (8 if tensor.device.type == "cpu" else 1)) for tensor in tensors))
+
+
+def corrupt(pixels, name, severity, first, split):
+    """Corrupt pixels (B, C, H, W) from 0 to 255 as CORRUPTIONS says, the same way at every call; severity 0 is none.
+
+    first: the number of the first of these images in the split; the others follow it. The random numbers depend on it
+    and on the name alone, so that a higher severity is more of the same.
+    """
+    if severity == 0:
+        return pixels
+    amount, device = CORRUPTIONS[name][severity - 1], pixels.device
+    squares = round(4 * pixels[0, 0].numel() / 28**2)
+    generator = torch.Generator().manual_seed(mix_seed(name, first))
+    if name == "gaussian_noise":
+        return (pixels + 255 * amount * torch.randn(pixels.shape, generator=generator).to(device)).clamp(0, 255)
+    if name == "impulse_noise":
+        level = torch.rand(pixels.shape, generator=generator).to(device)
+        return torch.where(level < amount / 2, 0.0, torch.where(level >= 1 - amount / 2, 255.0, pixels))
+    if name == "shot_noise":
+        photons = torch.poisson(pixels.cpu() / 255 * amount, generator).to(device)
+        return (photons / amount * 255).clamp_max(255)
+    if name == "occlusion":
+        top, left = (pick(2 * torch.rand(len(pixels), squares, generator=generator).to(device) - 1, size - amount + 1)
+                     for size in pixels.shape[2:])
+        black = torch.full((1, 1, 1, amount, amount), -255.0, device=device)
+        return paste(pixels, black.expand(len(pixels), squares, pixels.shape[1], -1, -1), top, left)
+    if name == "distractors":
+        draws = 2 * torch.rand(len(pixels), 5 * squares, generator=generator).to(device) - 1
+        return add_fragments(pixels, torch.arange(first, first + len(pixels), device=device), draws, split, amount)
+    blurs = []  # blur is a product with a matrix from either side, whose rows are Gaussians
+    for side in pixels.shape[2:]:
+        place = torch.arange(side, device=device)
+        blurs.append((-0.5 * ((place - place[:, None]) / amount) ** 2).softmax(1))
+    return blurs[0] @ pixels @ blurs[1].T

@@ -1,0 +1,113 @@
+"""Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of many seeds at once, and AdamW for
+what is no matrix: one optimizer, so that a step is taken or skipped as a whole.
+
+torch.optim.Muon does the same to single matrices, one by one and in bfloat16, and takes several times as long.
+"""
+
+import math
+
+import torch
+
+
+def orthogonalize(matrices, steps=5):
+    """Nearly U V' of every matrix U S V' in a list of stacks (B, m, n), by the Newton-Schulz iteration of Muon.
+
+    A step makes (a + b A + c A^2) X of a matrix X, where A = X X'; of one taller than wide X (a + b A + c A^2), where
+    A = X' X. These factors are polynomials of the first A, so A alone need be iterated, which is small, and those of
+    equal size as one batch.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    result = list(matrices)
+    for side in sorted({min(matrix.shape[1:]) for matrix in matrices}):
+        members = [i for i, matrix in enumerate(matrices) if min(matrix.shape[1:]) == side]
+        gram = torch.cat([x @ x.mT if x.shape[1] == side else x.mT @ x for x in (matrices[i] for i in members)])
+        squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-14).view(-1, 1, 1)
+        gram, product = gram / squared_norm, squared_norm.rsqrt()
+        for _ in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor @ product if product.shape[1] > 1 else factor * product
+            gram = factor @ gram @ factor
+        for i, factor in zip(members, product.chunk(len(members))):
+            result[i] = factor @ matrices[i] if matrices[i].shape[1] == side else matrices[i] @ factor
+    return result
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for one parameter (S, P), and an AdamW for others.
+
+        momentum_buffer = momentum * momentum_buffer + (1 - momentum) * gradient
+        weight = (1 - lr * weight_decay) * weight - lr * sqrt(max(1, m / n)) * orthogonalize(
+            momentum * momentum_buffer + (1 - momentum) * gradient)          for each matrix (m, n), in float32
+
+    Args:
+        matrices: the parameter; each row has the matrices of one seed, one after the other.
+        shapes: the shapes of the matrices of a row, in order. A convolution's (m, C, p, p) is a matrix (m, C p p).
+        lr: a number, or a tensor on the parameter's device.
+        weight_decay: decoupled; momentum: of the moving average of the gradient (Nesterov's).
+        adamw: a torch.optim.AdamW that holds the other parameters; its groups and its state become this optimizer's.
+    """
+
+    def __init__(self, matrices, shapes, lr, weight_decay, momentum=0.95, adamw=None):
+        super().__init__([matrices], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.shapes = [(rows, math.prod(columns)) for rows, *columns in shapes]
+        self.adamw = adamw
+        if adamw:
+            self.param_groups += adamw.param_groups
+            adamw.state = self.state
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        if self.adamw:
+            self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        (matrices,) = group["params"]
+        if "momentum_buffer" not in self.state[matrices]:
+            self.state[matrices]["momentum_buffer"] = torch.zeros_like(matrices)
+        average = self.state[matrices]["momentum_buffer"].lerp_(matrices.grad, 1 - group["momentum"])
+        update = matrices.grad.lerp(average, group["momentum"])
+        pieces = update.split([rows * columns for rows, columns in self.shapes], dim=1)
+        updates = orthogonalize([piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)])
+        update = torch.cat([max(1, m / n) ** 0.5 * matrix.flatten(1)
+                            for matrix, (m, n) in zip(updates, self.shapes)], dim=1)
+        matrices.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+        if self.adamw:
+            self.adamw.step()
+
+
+def group_parameters(model, optimizer):
+    """The parameters to train by how they are trained: {"muon" or "decayed": {name: shape}, "rest": {name: shape}}."""
+    matrices, groups = "muon" if optimizer == "muon" else "decayed", {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_rest = parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name
+            groups.setdefault("rest" if is_rest else matrices, {})[name] = parameter.shape
+    return dict(sorted(groups.items()))  # the matrices first
+
+
+def make_optimizer(leaves, shapes, settings, captured):
+    """One optimizer of all leaves. Its groups have their peak learning rate as `peak_lr`; `lr` is a tensor, as a CUDA
+    graph would take a number for a constant."""
+    device = leaves["rest"].device
+    groups = [dict(params=[leaves[name]], weight_decay=decay, peak_lr=settings["lr"],
+                   lr=torch.tensor(settings["lr"], device=device))
+              for name, decay in [("decayed", settings["weight_decay"]), ("rest", 0.0)] if name in leaves]
+    adamw = torch.optim.AdamW(groups, fused=True, capturable=captured)
+    if "muon" not in leaves:
+        return adamw
+    muon = Muon(leaves["muon"], list(shapes["muon"].values()), torch.tensor(settings["muon_lr"], device=device),
+                settings["weight_decay"], adamw=adamw)
+    muon.param_groups[0]["peak_lr"] = settings["muon_lr"]
+    return muon
+
+
+def cut_weights(leaves, shapes):
+    """{group: (S, P)} -> {name: (S, *shape)}, views."""
+    weights = {}
+    for group, leaf in leaves.items():
+        pieces = leaf.split([shape.numel() for shape in shapes[group].values()], dim=1)
+        weights |= {name: piece.view(-1, *shape) for (name, shape), piece in zip(shapes[group].items(), pieces)}
+    return weights

@@ -273,7 +273,8 @@ class Stack:
 
     def __init__(self, settings, seeds, runs_dir, device, captured=False):
         models = [analysis.make_model(settings | dict(seed=seed)) for seed in seeds]
-        self.seeds, self.metrics, self.best = seeds, [[] for _ in seeds], [dict(epoch=0, val_loss=math.inf) for _ in seeds]
+        self.seeds, self.metrics = seeds, [[] for _ in seeds]
+        self.best = [dict(epoch=0, val_loss=math.inf) for _ in seeds]
         self.folders = [records.run_folder(runs_dir, settings | dict(seed=seed)) for seed in seeds]
         self.shapes = muon.group_parameters(models[0], settings["optimizer"])
         self.leaves = {group: torch.stack([
@@ -293,8 +294,9 @@ class Stack:
         return self.model.state_dict() | {name: weight.detach()[i] for name, weight in weights.items()}
 
     def checkpoint(self):
-        return dict(seeds=self.seeds, leaves=self.leaves, buffers=dict(self.model.named_buffers()), metrics=self.metrics,
-                    best=self.best, optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
+        return dict(seeds=self.seeds, metrics=self.metrics, best=self.best, leaves=self.leaves,
+                    buffers=dict(self.model.named_buffers()), optimizer=self.optimizer.state_dict()["state"],
+                    scaler=self.scaler.state_dict())
 
     @torch.no_grad()
     def load(self, checkpoint):
@@ -309,7 +311,8 @@ class Stack:
 
 
 def stack_logits(model, weights, images):
-    """The model with each seed's weights, {name: (S, *shape)}, on its own images: (S, B, C, H, W) -> (S, B, classes)."""
+    """The logits (S, B, num_classes) of the model with each seed's weights, {name: (S, *shape)}, on its own images
+    (S, B, C, H, W)."""
     if len(images) == 1:
         return functional_call(model, {name: weight[0] for name, weight in weights.items()}, images[0]).unsqueeze(0)
     return torch.vmap(functional_call, in_dims=(None, 0, 0), randomness="different")(model, weights, images)
@@ -521,7 +524,8 @@ def begin_stack(experiment, seeds, args, device):
     compiled = is_compiled(args.compile, steps * len(seeds), device)
     captured = compiled and device.type == "cuda"
     if captured and (world_size() > 1 or settings["amp"] == "float16"):
-        print("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler", flush=True)
+        print("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler",
+              flush=True)
         compiled = captured = False
     stack = Stack(settings, seeds, args.runs_dir, device, captured)
     if compiled and not captured:

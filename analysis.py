@@ -183,7 +183,8 @@ def signal_to_noise(irrelevant_share, uniform_share):
 
 def sum_attention(model, images, relevant, ink):
     """The sums of attention_figures over a batch: a tensor (figures, H) for each block."""
-    blocks = [attention_figures(attention_map[:, :, 0], relevant, ink) for attention_map in model.attention_maps(images)]
+    maps = model.attention_maps(images)
+    blocks = [attention_figures(attention_map[:, :, 0], relevant, ink) for attention_map in maps]
     return [torch.stack([figure.sum(0) for figure in figures.values()]) for figures in blocks]
 
 

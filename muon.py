@@ -1,7 +1,8 @@
 """The optimizer of stacks of seeds: Muon for their matrices, all seeds at once, and AdamW for the rest, as one
 optimizer, so that a step is taken or skipped as a whole.
 
-Muon is by Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon. torch.optim.Muon does the same to single matrices, one by one and in bfloat16, and takes several times as long.
+Muon is by Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon. torch.optim.Muon does the
+same to single matrices, one by one and in bfloat16, and takes several times as long.
 """
 
 import math

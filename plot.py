@@ -1,27 +1,33 @@
-"""Draw what train.py has recorded: charts and tables for each data set below a folder of runs.
+"""Charts and tables of what train.py has recorded: one's own runs, in front of the reference runs.
 
     python plot.py runs/
 
-Reads config.json, metrics.csv and summary.json of every finished run, and noise.csv, attention.csv and attention.npz
-where they are; needs neither torch nor data. Runs that differ in their seed alone are one line, their mean. Writes into
-the same folder DATASET-table.md, where there are several seeds with a test of each model against vit, and
-DATASET-val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png; and of the analyses DATASET-noise-table.md,
-DATASET-attention-table.md and DATASET-noise.png, -relevance.png, -maps.png, -blocks.png.
+draws the finished runs that lie directly in each folder named and, thin and pale behind them, those of its `reference`
+folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
+seed alone are one line, their mean. Needs neither torch nor data. Writes, for each data set, into the first folder
+DATASET-table.md, -paired-table.md, -noise-table.md, -attention-table.md and the charts DATASET-val-loss.png,
+-val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -relevance.png, -maps.png and -blocks.png.
 """
 
 import argparse
-import csv
-import json
+import io
+import itertools
 import math
+import os
+import re
 import statistics
 import sys
-import zipfile
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import matplotlib
-import numpy
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+import records
+import stats
+from records import UserError
+from stats import BASELINE
 
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
@@ -32,157 +38,371 @@ PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("fashionmnist", "vitbalanced"): Published(30, 55_626, 0.792, 0.798, 0.8679),
     ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
 }
-MODELS = ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]  # the order of lines and rows; others follow
-# Okabe and Ito's colours, for colour-blind eyes; dashes and markers, for grey print.
-STYLES = [dict(color=color, linestyle=dashes, marker=marker) for color, dashes, marker in [
-    ("#000000", "-", "o"), ("#E69F00", (0, (6, 2)), "s"), ("#0072B2", "-", "^"), ("#D55E00", (0, (4, 1, 1, 1)), "D"),
-    ("#009E73", (0, (1, 1)), "v"), ("#CC79A7", (0, (3, 1)), "P"), ("#56B4E9", (0, (8, 1, 1, 1)), "X")]]
-FACTS = {"seed", "parameters", "flops_per_image", "torch", "device_name", "git_commit", "stack",
-         "processes"}  # of config.json; not settings
-SIZES = {"dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "patch_norm", "qkv_bias"}  # a model's own
-FIGURES = ["parameters", "val_loss", "test_loss", "test_accuracy", "milliseconds_per_step"]  # needed of summary.json
-# Of attention.csv, drawn or tabled.
-ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "signal_to_noise", "entropy", "negative_share", "lambda"]
-# Student's t of a 95% interval for 1 to 30 degrees of freedom; the last serves for more, and is 4% too wide at most.
-T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+# Okabe and Ito's colours, for colour-blind eyes; dashes and markers, for grey print. 7 and 11 have no common divisor,
+# so the first 77 models differ in colour or marker.
+COLORS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h"]
+DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
+FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
+BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
+BAND, INTERVAL = "mean over seeds, band: one standard deviation", "mean over seeds with its 95% interval"
+
+INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
+
+# One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
+# settings: those of the first. front: drawn in full, as reference runs behind others are not. style: for matplotlib.
+Line = namedtuple("Line", "label model folder settings runs front style", defaults=[None])
 
 
-def read_rows(path):
-    """The rows of a CSV file as dicts, a number wherever a cell is one."""
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    with open(path, newline="") as file:
-        return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
+# From folders to lines.
 
-
-def read_noise(path):
-    """{corruption: accuracies, one a severity} of noise.csv."""
-    noise = defaultdict(list)
-    for row in sorted(read_rows(path), key=lambda row: row["severity"]):
-        noise[row["corruption"]].append(row["test_accuracy"])
-    if not all(math.isfinite(accuracy) for accuracies in noise.values() for accuracy in accuracies):
-        raise ValueError("not finite")
-    return dict(noise=noise)
-
-
-def read_attention(path):
-    """{condition: {block: {figure: its mean over the heads}}} of attention.csv."""
-    heads = defaultdict(lambda: defaultdict(list))
-    for row in read_rows(path):
-        heads[row["condition"]][int(row["block"])].append(row)
-    return dict(attention={
-        condition: {block: {figure: statistics.fmean(row[figure] for row in rows) for figure in ATTENTION_FIGURES}
-                    for block, rows in blocks.items()} for condition, blocks in heads.items()})
-
-
-def read_maps(path):
-    """Of attention.npz the images (8, C, H, W), and as maps the class token's weights on their patches in the last
-    block, the mean of the heads (8, H / patch, W / patch)."""
-    with numpy.load(path) as arrays:
-        last = max((name for name in arrays if name.startswith("map_")), key=lambda name: int(name[4:]))
-        weights = arrays[last][:, :, 0, 1:].mean(1, dtype=float)
-        side = math.isqrt(weights.shape[1])
-        return dict(images=arrays["images"], maps=weights.reshape(-1, side, side))
-
-
-def read_run(folder):
-    """A finished run's config and summary (dicts), metrics (column: list of floats, one an epoch) and analysis, which
-    has what read_noise, read_attention and read_maps return where their files are.
-
-    Raises ValueError, which says what is wrong with it, for anything else.
-    """
-    if (folder / "config.json").exists() and not (folder / "summary.json").exists():
-        raise ValueError("unfinished: run its command again to go on")
-    name, analysis = "config.json", {}
+def subfolders(folder):
     try:
-        config = json.loads((folder / name).read_text())
-        name = "summary.json"
-        summary = json.loads((folder / name).read_text())
-        right = (all(math.isfinite(summary[figure]) for figure in FIGURES)
-                 and isinstance(config["seed"], int) and isinstance(config["dataset"] + config["model"], str))
-        name = "metrics.csv"
-        rows = read_rows(folder / name)
-        metrics = {column: [row[column] for row in rows] for column in rows[0]}
-        right = (right and all(math.isfinite(value) for column in metrics.values() for value in column)
-                 and {"val_loss", "val_accuracy"} <= metrics.keys()
-                 and metrics["epoch"] == list(range(1, config["epochs"] + 1)))
-        for name, read in [("noise.csv", read_noise), ("attention.csv", read_attention), ("attention.npz", read_maps)]:
-            if (folder / name).exists():
-                analysis |= read(folder / name)
-    except FileNotFoundError:
-        raise ValueError(f"has no {name}") from None
-    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError, EOFError, csv.Error,
-            zipfile.BadZipFile) as error:
-        raise ValueError(f"damaged: {name} ({type(error).__name__})") from None
-    if not right:
-        raise ValueError("damaged: its figures are not finite, or not one row an epoch")
-    return config, metrics, summary, analysis
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): name a folder of runs") from None
 
 
-def find_runs(root):
-    """The finished runs in and below a folder, and a line for each folder that is skipped."""
+def find_runs(*folders):
+    """The finished runs that lie directly in the folders, and a line for each folder in them that is left out."""
     runs, skipped = [], []
-    for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir())]:
-        if any(part.startswith(".") for part in folder.relative_to(root).parts):
-            continue
-        if any((folder / name).exists() for name in ("config.json", "metrics.csv", "summary.json")):
-            try:
-                runs.append((folder, *read_run(folder)))
-            except ValueError as error:
-                skipped.append(f"{folder}: {error}")
-        elif folder != root and not any(path.is_dir() for path in folder.iterdir()):
-            skipped.append(f"{folder}: not a run")
+    for child in itertools.chain(*map(subfolders, folders)):
+        try:
+            if any(os.path.exists(child / name) for name in ("config.json", "metrics.csv", "summary.json")):
+                runs.append(records.read_run(child))
+            elif not subfolders(child):
+                skipped.append(f"{child}: not a run")
+        except UserError as error:
+            skipped.append(str(error))
     return runs, skipped
 
 
-def group_runs(runs):
-    """Sort runs into {data set: {label: runs}}: a group is all seeds of one model and one set of settings.
+def find_references(folders):
+    """The folders called reference in these folders, without those that are themselves among them."""
+    named = {folder.resolve() for folder in folders}
+    found = {path.resolve(): path for path in (folder / "reference" for folder in folders) if path.is_dir()}
+    return [path for place, path in found.items() if place not in named]
 
-    The label is the model's name and, where not most groups share them, its settings: a line of fewer epochs, say, is
-    never mistaken for a rival of the others. Returns also a line for each run left out because its group has that seed.
+
+def group_runs(runs, front):
+    """Lines without labels and styles, of runs of one folder that differ in their seed alone."""
+    groups = defaultdict(dict)
+    for run in runs:
+        settings = frozenset((name, str(value)) for name, value in run.settings.items()
+                             if name != "seed" and value is not None)
+        seeds, seed = groups[run.folder.parent, settings], run.settings["seed"]
+        if seed in seeds:
+            raise UserError(f"{seeds[seed].folder} and {run.folder} have the same settings and seed: move one away")
+        seeds[seed] = run
+    lines = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
+    return [Line("", runs[0].settings["model"], runs[0].folder.parent, runs[0].settings, runs, front) for runs in lines]
+
+
+def settings_apart(line, rivals, baselines):
+    """The settings that set a line apart, as texts: those in which it differs from a rival, a line of the same model,
+    or in its recipe from every line of `vit`, with which models are compared."""
+    def differs(name, other):
+        return str(other.settings.get(name)) != str(line.settings.get(name))
+
+    names = dict.fromkeys(name for other in [line, *rivals] for name in other.settings if name != "seed")
+    return [f"{name} {line.settings.get(name)}" for name in names
+            if any(differs(name, other) for other in rivals) or name in records.RECIPE_SETTINGS
+            and baselines and all(differs(name, other) for other in baselines)]
+
+
+def label_lines(lines):
+    """Label each line of a chart by its model and by what sets it apart from others of that model: settings, folder."""
+    parts = {line.folder: line.folder.resolve().parts for line in lines}
+    shared = len(os.path.commonprefix(list(parts.values())))
+    baselines = [line for line in lines if line.model == BASELINE]
+    labelled = []
+    for line in lines:
+        namesakes = [other for other in lines if other.model == line.model and other is not line]
+        rivals = [other for other in namesakes if line.front or not other.front]
+        label, folder = ", ".join([line.model, *settings_apart(line, rivals, baselines)]), parts[line.folder][shared:]
+        if folder and any(other.folder != line.folder for other in namesakes):
+            label += f" ({'/'.join(folder)})"
+        plain = re.sub(r"[^\w ,.:;/()+-]", "?", label)  # no TeX in charts, no bars in tables
+        labelled.append(line._replace(label=plain))
+    return sorted(labelled, key=lambda line: (not line.front, line.model, line.label))
+
+
+def style_lines(lines, models):
+    """Give each line of a chart the colour of its model, and a style that no other line has: of the first line of a
+    model always the same, before and behind."""
+    styled, taken = [], set()
+    for line in lines:
+        place = models.index(line.model)
+        for n in itertools.count(place):
+            dashes = DASHES[n] if n < len(DASHES) else (0, (n, 2, 1, 2))
+            style = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[n % len(MARKERS)], linestyle=dashes)
+            if (line.front, *style.values()) not in taken:
+                break
+        taken.add((line.front, *style.values()))
+        styled.append(line._replace(style=style | (FRONT if line.front else BEHIND)))
+    return styled
+
+
+def arrange(own, reference=()):
+    """Sort runs into lines: {data set: [Line]}, one's own first, then the reference, each by name.
+
+    Raises:
+        UserError: if two runs of one folder have the same settings and seed.
     """
-    runs_of, skipped = defaultdict(dict), []  # {settings: {seed: run}}
-    for folder, config, metrics, summary, analysis in runs:
-        settings = {name: value for name, value in config.items() if name not in FACTS}
-        seeds = runs_of[json.dumps(settings, sort_keys=True)]
-        if config["seed"] in seeds:
-            skipped.append(f"{folder}: same settings and seed as {seeds[config['seed']]['folder']}")
-        else:
-            seeds[config["seed"]] = dict(folder=folder, seed=config["seed"], settings=settings, metrics=metrics,
-                                         summary=summary, analysis=analysis)
-    groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in runs_of.values()]
-
-    def rank(members):
-        model = members[0]["settings"]["model"]
-        return MODELS.index(model) if model in MODELS else len(MODELS), model
-
-    datasets = defaultdict(dict)
-    for members in sorted(groups, key=rank):
-        own = members[0]["settings"]
-        rivals = [other[0]["settings"] for other in groups if other[0]["settings"]["dataset"] == own["dataset"]]
-        unusual = []
-        for name, value in own.items():
-            peers = [other.get(name) for other in rivals if name not in SIZES or other["model"] == own["model"]]
-            if name != "model" and 2 * peers.count(value) <= len(peers):
-                unusual.append(f"{name} {value}")
-        datasets[own["dataset"]][", ".join([own["model"], *unusual])] = members
-    return datasets, skipped
+    lines_of = defaultdict(list)
+    for line in group_runs(own, front=True) + group_runs(reference, front=False):
+        lines_of[line.settings["dataset"]].append(line)
+    # The models of the reference have the same colours whatever stands in front of them.
+    models = list(dict.fromkeys(sorted({run.settings["model"] for run in reference})
+                                + sorted({run.settings["model"] for run in own})))
+    for dataset, lines in lines_of.items():
+        if not any(line.front for line in lines):
+            lines = [line._replace(front=True) for line in lines]
+        lines_of[dataset] = style_lines(label_lines(lines), models)
+    return dict(sorted(lines_of.items()))
 
 
-def pick_styles(datasets):
-    """{label: line style}, the same in every chart; the models of the design have their own."""
-    labels = MODELS + [label for groups in datasets.values() for label in groups]
-    return {label: STYLES[i % len(STYLES)] for i, label in enumerate(dict.fromkeys(labels))}
+def keep_runs(lines, condition):
+    """The lines of only those runs for which the condition holds."""
+    kept = [line._replace(runs=[run for run in line.runs if condition(run)]) for line in lines]
+    return [line for line in kept if line.runs]
 
 
-def mean_and_deviation(columns):
-    """Means and sample standard deviations over runs (0 for one run): lists of equal length, one a run."""
-    return ([statistics.fmean(values) for values in zip(*columns)],
-            [statistics.stdev(values) if len(values) > 1 else 0.0 for values in zip(*columns)])
+def published_of(dataset, line):
+    """The published figures of a line's model, if it has as many parameters; None for any other."""
+    figures = PUBLISHED.get((dataset, line.model))
+    return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
+
+
+def readable(name):
+    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
+    words = name.split("_")
+    if len(words) > 1 and words[-1].isdigit():
+        return f"{' '.join(words[:-1])}, severity {words[-1]}"
+    return " ".join(words)
+
+
+# What the analyses found.
+
+def shared_corruptions(lines):
+    """The corruptions that every run has met, and the number of severities that every run has met."""
+    first, *others = (run.noise for line in lines for run in line.runs)
+    severities = min(len(accuracies) for noise in (first, *others) for accuracies in noise.values())
+    return [name for name in first if all(name in other for other in others)], severities
+
+
+def attention_axes(lines):
+    """The conditions and the blocks of all runs: two lists."""
+    found = [run.attention for line in lines for run in line.runs]
+    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
+            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
+
+
+def attention_of(run, condition, block, figure):
+    """A figure of a run's attention; nan where it has no such block or was not shown the condition. -1: the last."""
+    blocks = run.attention.get(condition, {})
+    return blocks.get(len(blocks) - 1 if block == -1 else block, {}).get(figure, math.nan)
+
+
+def uniform_share(lines, condition):
+    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
+    return next(run.attention[condition][0]["uniform_share"] for line in lines for run in line.runs
+                if condition in run.attention)
+
+
+def trained_irrelevant_share(run):
+    """The irrelevant share in the last block, in percent, under the condition that is most like the run's training."""
+    trained = f"{run.settings.get('distractors', 0)}_distractors"
+    return 100 * attention_of(run, trained if trained in run.attention else "clean", -1, "irrelevant_share")
+
+
+# Tables, in Markdown.
+
+def make_table(heading, columns, rows, *notes):
+    lines = [f"## {heading}", "", f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|",
+             *(f"| {' | '.join(cells)} |" for cells in rows)]
+    return "\n".join(lines + [text for note in notes for text in ("", note)]) + "\n"
+
+
+def result_table(dataset, lines):
+    """The figures of each line, the seed-paired difference of its accuracy from `vit`'s, and what is published."""
+    columns = ["model", "parameters", "seeds", "validation loss", "test loss", "test accuracy"]
+    rows = [[line.label, f"{line.runs[0].summary['parameters']:,}", str(len(line.runs))] for line in lines]
+    for name, best, number in [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
+                               ("test_accuracy", max, "{:.2%}".format)]:
+        samples = [[run.summary[name] for run in line.runs] for line in lines]
+        means = [number(statistics.fmean(values)) for values in samples]
+        for row, values, mean in zip(rows, samples, means):
+            bold = mean == best(means, key=lambda text: float(text.rstrip("%"))) and len(lines) > 1
+            row.append(stats.mean_cell(values, number).replace(mean, f"**{mean}**" if bold else mean, 1))
+    notes = [INTERVAL_NOTE] * any(
+        len(line.runs) > 1 for line in lines)
+    comparisons = stats.compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
+    if comparisons:
+        columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
+        for row, line in zip(rows, lines):
+            found = comparisons.get(line.label)
+            difference, better, _, p_holm = stats.comparison_cells(found, 2) if found else [""] * 4
+            row += [difference, better, p_holm]
+        notes.append(stats.comparison_note(comparisons))
+    published = [published_of(dataset, line) for line in lines]
+    if any(published):
+        columns.append("published")
+        for row, found in zip(rows, published):
+            row.append(f"{found.val_loss:.3f}, {found.test_loss:.3f}, {found.test_accuracy:.2%}" if found else "")
+        notes.append("Published: validation loss, test loss and test accuracy of one run of "
+                     f"{max(found.epochs for found in published if found)} epochs.")
+    return make_table(dataset, columns, rows, *notes)
+
+
+def paired_table(heading, lines, measures):
+    """How each line differs from `vit` of the same recipe and seed; "" where none can be compared.
+
+    measures: {heading: (figure of a run, number of digits, whether more is better)}.
+    """
+    columns, rows = ["model"], defaultdict(list)
+    for name, (figure_of, digits, more_is_better) in measures.items():
+        comparisons = stats.compare_lines(lines, figure_of, more_is_better)
+        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)"]
+        for label, found in comparisons.items():
+            rows[label] += stats.comparison_cells(found, digits)
+    if not rows:
+        return ""
+    return make_table(heading, columns, ([label, *cells] for label, cells in rows.items()),
+                      stats.comparison_note(comparisons))
+
+
+def noise_tables(dataset, lines):
+    """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
+    names, severities = shared_corruptions(lines)
+
+    def errors(run):  # of each corruption, then their mean
+        means = [1 - statistics.fmean(run.noise[name][:severities]) for name in names]
+        return [*means, statistics.fmean(means)]
+
+    rows = []
+    for line in lines:
+        columns, pairs = list(zip(*map(errors, line.runs))), stats.pair_with_baseline(line, lines)
+        cells = [*(f"{statistics.fmean(column):.1%}" for column in columns[:-1]),
+                 stats.mean_cell(columns[-1], "{:.1%}".format)]
+        sums = [[sum(column) for column in zip(*map(errors, runs))] for runs in zip(*pairs)] or [[0] * len(cells)] * 2
+        rows.append([line.label, str(len(line.runs)), *(
+            cell + (f" ({own / base:.2f})" if base else "") for cell, own, base in zip(cells, *sums))])
+    return make_table(
+        f"{dataset}: mean test error over severities 1 to {severities} (ratio to that of `{BASELINE}`)",
+        ["model", "seeds", *map(readable, names), "mean"], rows,
+        f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + paired_table(
+            f"{dataset}: difference in the mean test error", lines,
+            {"mean test error, points": (lambda run: 100 * errors(run)[-1], 2, False)})
+
+
+def attention_tables(dataset, lines):
+    """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
+    irrelevant weight per patch, and the paired difference of the share."""
+    conditions, _ = attention_axes(lines)
+    rows = []
+    for line in lines:
+        rows.append([line.label, str(len(line.runs))])
+        for condition in conditions:
+            shares, ratios = ([attention_of(run, condition, -1, name) for run in line.runs]
+                              for name in ("irrelevant_share", "signal_to_noise"))
+            text = f"{stats.mean_cell(shares, '{:.1%}'.format)} ({statistics.fmean(ratios):.2f})"
+            rows[-1].append("" if math.isnan(sum(shares)) else text)
+    uniform = [f"{uniform_share(lines, condition):.1%} (1.00)" for condition in conditions]
+    return make_table(
+        f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
+        ["model", "seeds", *map(readable, conditions)], [*rows, ["uniform attention", "", *uniform]],
+        INTERVAL_NOTE) + paired_table(
+            f"{dataset}: difference in the irrelevant share, on images as in training", lines,
+            {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
+
+
+def make_tables(dataset, lines):
+    """{name: Markdown} of a data set."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    attention = keep_runs(lines, lambda run: run.attention)
+    tables = {
+        "table": result_table(dataset, lines),
+        "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
+            "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
+            "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
+        "noise-table": noise_tables(dataset, noise) if noise and shared_corruptions(noise)[0] else "",
+        "attention-table": attention_tables(dataset, attention) if attention else "",
+    }
+    return {name: table for name, table in tables.items() if table}
+
+
+# Parts of charts. All sizes are in inches, so that no layout has to be searched for.
+
+CHARACTER, TEXT_LINE = 0.075, 0.19  # of small text
+
+
+def seeds_of(line):
+    return f"{line.label} ({len(line.runs)} seed{'s' if len(line.runs) > 1 else ''})"
+
+
+def new_figure(title, lines, shown, rows, columns, panel, right=0.2, gap=(0.2, 0.5), **sharing):
+    """A figure and its panels, an array (rows, columns), with room for a legend of the lines.
+
+    shown: what is drawn of several seeds. panel, gap: width and height of a panel and of the space between two of them.
+    right: the width of the margin for what stands beside the last panel.
+    """
+    notes = [shown if any(len(line.runs) > 1 for line in lines) else "one seed a model"]
+    notes += ["thin and pale: the reference"] * any(not line.front for line in lines)
+    title = f"{title}\n{'; '.join(notes)}".splitlines()
+    width = max(0.95 + columns * (panel[0] + gap[0]) - gap[0] + right, 0.1 * max(map(len, title)))
+    texts = [*map(seeds_of, lines), "uniform attention"]  # which some charts show, too
+    top, bottom = 0.35 + 0.21 * len(title), 0.65 + 0.21 * math.ceil(len(texts) / legend_columns(width, texts))
+    height = top + rows * (panel[1] + gap[1]) - gap[1] + bottom
+    figure = Figure(figsize=(width, height))
+    figure.suptitle("\n".join(title), y=1 - 0.1 / height, va="top", fontsize="medium")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing, gridspec_kw=dict(
+        left=0.95 / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
+        wspace=gap[0] / panel[0], hspace=gap[1] / panel[1]))
+
+
+def legend_columns(width, texts):
+    """How many columns as wide as the longest text there is room for, or fewer, if that takes no more rows."""
+    most = max(1, int(width / (0.7 + CHARACTER * max(map(len, texts)))))
+    return math.ceil(len(texts) / math.ceil(len(texts) / most))
+
+
+def legend_below(figure):
+    handles = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="lower center", frameon=False, fontsize="small",
+                  ncols=legend_columns(figure.get_figwidth(), handles))
+
+
+def tidy(axes, number):
+    axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_mean(axes, places, columns, line, **options):
+    """The mean of columns (one a run) over places; of several runs in front a band of one standard deviation, too.
+    Returns the mean and the band's lower and upper edges, where there is none the mean as both."""
+    means = [statistics.fmean(values) for values in zip(*columns)]
+    axes.plot(places, means, **line.style, label=seeds_of(line), **options)
+    if not line.front or len(columns) < 2:
+        return means, means, means
+    deviations = [statistics.stdev(values) for values in zip(*columns)]
+    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
+    axes.fill_between(places, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
+    return means, low, high
+
+
+def draw_intervals(axes, places, samples, line, **options):
+    """At each place the mean of a sample, and its 95% interval where it is of several values."""
+    halves = [stats.half_interval(values) for values in samples]
+    axes.errorbar(places, list(map(statistics.fmean, samples)), None if None in halves else halves, capsize=2.5,
+                  label=seeds_of(line), **line.style | options)
+
+
+def side_by_side(width, lines):
+    """How far from the middle each line's mark stands, so that together they take this width and none hides another."""
+    return [width * ((place + 0.5) / len(lines) - 0.5) for place in range(len(lines))]
 
 
 def spread(heights, gap, low, high):
@@ -202,536 +422,264 @@ def spread(heights, gap, low, high):
     return moved
 
 
-def draw_mean(axes, places, columns, style, **options):
-    """A line, the mean of columns (one a run), with a band of one standard deviation if there are several: the values
-    of the line and of the band's lower and upper edges."""
-    means, deviations = mean_and_deviation(columns)
-    axes.plot(places, means, **style, **options)
-    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
-    if len(columns) > 1:
-        axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    return means, low, high
+# Charts of the training.
 
-
-def tidy(axes):
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def legend_below(figure, columns=5):
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False,
-                  fontsize="small")
-
-
-def draw_lines(axes, groups, column, styles, number, published, skip):
-    """A line a group, its mean over seeds with a band of one standard deviation: what `label_ends` needs of each end.
-
-    column: of metrics.csv. number: how a value is written. published: {label: value}, faint marks at the right edge.
-    skip: the share of the epochs that may leave the frame, so that their steepness does not flatten all that follows.
-    """
-    ends = []  # (epoch, value, text, colour, opacity)
-    seen = list(published.values())  # the heights that the frame must hold
-    last = max(len(run["metrics"][column]) for run in all_runs(groups))
-    for label, members in groups.items():
-        columns = [run["metrics"][column] for run in members]
-        means, low, high = draw_mean(
-            axes, range(1, len(columns[0]) + 1), columns, styles[label], linewidth=1.6, markersize=4.5,
-            markevery=max(1, len(columns[0]) // 10),
-            label=f"{label} ({len(members)} seed{'s' if len(members) > 1 else ''})")
-        ends.append((len(means), means[-1], f"{label} {number(means[-1])}", styles[label]["color"], 1.0))
-        first_seen = min(int(skip * last), len(means) - 1)
-        seen += low[first_seen:] + high[first_seen:]
-    for label, value in published.items():
-        axes.plot([last], [value], marker=styles[label]["marker"], color=styles[label]["color"], alpha=0.5,
-                  markerfacecolor="none", markersize=8, linestyle="none")
-        ends.append((last, value, f"{label}, published {number(value)}", styles[label]["color"], 0.65))
-    axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
-    margin = 0.06 * (max(seen) - min(seen)) or 0.01
-    axes.set_ylim(min(seen) - margin, max(seen) + margin)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter(lambda value, _: number(value))
-    axes.set_xlabel("epoch")
-    tidy(axes)
-    return ends
-
-
-def label_ends(axes, ends, size):
-    """Write each end's text right of the frame, none over another, with a thin line to where it belongs."""
-    axes.figure.draw_without_rendering()  # so that the layout is known
-    low, high = axes.get_ylim()
-    points = axes.get_window_extent().height / axes.figure.dpi * 72
-    gap = 1.45 * size / points * (high - low)
-    heights = spread([end[1] for end in ends], gap, low + gap / 2, high - gap / 2)
-    for (epoch, value, text, color, alpha), height in zip(ends, heights):
-        axes.annotate(text, xy=(epoch, value), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(),
-                      fontsize=size, color=color, alpha=alpha, va="center", annotation_clip=False,
-                      arrowprops=dict(arrowstyle="-", color=color, alpha=0.4 * alpha, linewidth=0.7, shrinkA=0,
-                                      relpos=(0, 0.5)))
-
-
-def draw_curves(title, panels, ylabel, number, styles, published=(), note="", skip=0.0):
+def draw_curves(title, ylabel, number, lines, panels, published=(), skip=0.0):
     """A figure of curves over epochs, panels side by side.
 
-    panels: {heading: (column, groups)}. note: a line under the title if anything published is marked. The rest is as in
-    `draw_lines`.
+    panels: {column of metrics.csv: heading}. number: how a value is written. published: [(line, value)], faint marks at
+    the right edge. skip: the share of the epochs that may leave the frame, so that their steepness does not flatten
+    all that follows.
     """
-    figure = Figure(figsize=(max(8, 5.2 * len(panels)), 4.8), layout="constrained")
-    small = matplotlib.rcParams["font.size"] - 1.5
-    ends = []
-    for axes, (heading, (column, groups)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        ends.append((axes, draw_lines(axes, groups, column, styles, number, dict(published), skip)))
+    texts = [line.label for line in lines if line.front] + [f"{line.model}, published" for line, _ in published]
+    margin = 0.4 + CHARACTER * (8 + max(map(len, texts), default=0))
+    figure, axes_of = new_figure(title, lines, BAND, 1, len(panels), (5.2 if len(panels) == 1 else 3.6, max(
+        3.2, TEXT_LINE * (len(texts) + 1))), right=margin, gap=(margin + 0.6, 0))
+    for axes, (column, heading) in zip(axes_of[0], panels.items()):
+        shown = keep_runs(lines, lambda run: column in run.metrics)
+        seen = [value for _, value in published]  # the heights that the frame must hold
+        last = max(len(line.runs[0].metrics[column]) for line in shown)
+        ends = [(line, last, value, f"{line.model}, published", 0.65) for line, value in published]
+        for line in shown:
+            columns = [run.metrics[column] for run in line.runs]
+            epochs = range(1, len(columns[0]) + 1)
+            means, low, high = draw_mean(axes, epochs, columns, line, markevery=max(1, len(epochs) // 10))
+            first_seen = min(int(skip * last), len(epochs) - 1)
+            seen += low[first_seen:] + high[first_seen:]
+            ends += [(line, len(means), means[-1], line.label, 1.0)] * line.front
+        for line, value in published:
+            axes.plot([last], [value], marker=line.style["marker"], color=line.style["color"], alpha=0.5,
+                      markerfacecolor="none", markersize=8, linestyle="none")
+        frame = 0.06 * (max(seen) - min(seen)) or 0.01
+        axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
+        axes.set_ylim(min(seen) - frame, max(seen) + frame)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch")
         axes.set_title(heading, fontsize="medium")
-    figure.axes[0].set_ylabel(ylabel)
-    several = any(len(members) > 1 for _, groups in panels.values() for members in groups.values())
-    notes = ["mean over seeds, band: one standard deviation"] * several + ([note] if published else [])
-    figure.suptitle("\n".join([title, *notes]), fontsize="medium")
-    legend_below(figure, columns=3)
-    for axes, marks in ends:
-        label_ends(axes, marks, small)
-    return figure
-
-
-def draw_parameters(dataset, groups, styles, published):
-    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, {model: figures},
-    once beside them and once alone, closer."""
-    accuracies = {label: [run["summary"]["test_accuracy"] for run in members] for label, members in groups.items()}
-    counts = [members[0]["summary"]["parameters"] for members in groups.values()]
-    gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
-    places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
-    panels = [published, {}] if published else [{}]
-    figure = Figure(figsize=(max(6.5, 5.2 * len(panels)), 4.4), layout="constrained")
-    for axes, beside in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for (label, values), place in zip(accuracies.items(), places):
-            axes.errorbar(place, statistics.fmean(values), confidence(values), **styles[label] | dict(linestyle="none"),
-                          markersize=6, capsize=3, label=label)
-        for model, figures in beside.items():
-            axes.plot(figures.parameters, figures.test_accuracy, **styles[model] | dict(linestyle="none"),
-                      markerfacecolor="none", markersize=8, alpha=0.7)
-        if published:
-            axes.set_title("hollow: published, one run each" if beside else "the same without the published",
-                           fontsize="medium")
-        axes.margins(0.12)
-        axes.set_xlabel("parameters")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
-        tidy(axes)
-    figure.axes[0].set_ylabel("test accuracy")
-    figure.suptitle(f"{dataset}: test accuracy by parameters\n" + seeds_note(
-        groups, "mean over seeds with its 95% interval; neighbours moved apart"), fontsize="medium")
+        tidy(axes, number)
+        label_ends(axes, number, ends)
+    axes_of[0, 0].set_ylabel(ylabel)
     legend_below(figure)
     return figure
 
 
-def make_charts(dataset, groups, styles):
+def label_ends(axes, number, ends):
+    """Write what each end, (line, epoch, value, text, opacity), is and its value right of the frame, none over another,
+    with a thin line to where it belongs."""
+    low, high = axes.get_ylim()
+    gap = TEXT_LINE * (high - low) / (axes.get_position().height * axes.figure.get_figheight())
+    heights = spread([end[2] for end in ends], gap, low + gap / 2, high - gap / 2)
+    for (line, epoch, value, text, alpha), height in zip(ends, heights):
+        axes.annotate(f"{text} {number(value)}", xy=(epoch, value), xytext=(1.03, height), fontsize="small",
+                      textcoords=axes.get_yaxis_transform(), color=line.style["color"], alpha=alpha, va="center",
+                      annotation_clip=False, arrowprops=dict(arrowstyle="-", color=line.style["color"], shrinkA=0,
+                                                             alpha=0.4 * alpha, linewidth=0.7, relpos=(0, 0.5)))
+
+
+def draw_parameters(dataset, lines, published):
+    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, [(line, figures)],
+    once beside them and once alone, closer."""
+    counts = [line.runs[0].summary["parameters"] for line in lines]
+    gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
+    places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
+    panels = {"hollow: published, one run each": published, "the same without the published": []}
+    figure, axes_of = new_figure(
+        f"{dataset}: test accuracy by parameters", lines, f"{INTERVAL}; neighbours moved apart", 1,
+        2 if published else 1, (4.2 if published else 5.5, 3), gap=(0.9, 0))
+    for axes, (heading, beside) in zip(axes_of[0], panels.items() if published else [("", [])]):
+        for line, place in zip(lines, places):
+            draw_intervals(axes, [place], [[run.summary["test_accuracy"] for run in line.runs]], line, linestyle="none")
+        for line, figures in beside:
+            axes.plot(figures.parameters, figures.test_accuracy, linestyle="none", marker=line.style["marker"],
+                      color=line.style["color"], markerfacecolor="none", markersize=8, alpha=0.7)
+        axes.set_title(heading, fontsize="medium")
+        axes.margins(0.12)
+        axes.set_xlabel("parameters")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        tidy(axes, "{:.2%}".format)
+    axes_of[0, 0].set_ylabel("test accuracy")
+    legend_below(figure)
+    return figure
+
+
+def draw_training(dataset, lines):
     """{name: figure} of a data set's training."""
-    models = dict.fromkeys(members[0]["settings"]["model"] for members in groups.values())
-    published = {model: PUBLISHED[dataset, model] for model in models if (dataset, model) in PUBLISHED}
-    epochs = max((figures.epochs for figures in published.values()), default=0)
-    charts = {
-        "val-loss": draw_curves(f"{dataset}: validation loss", {"": ("val_loss", groups)}, "validation loss",
-                                "{:.3f}".format, styles,
-                                {model: figures.val_loss for model, figures in published.items()},
-                                f"hollow marks: published, one run of {epochs} epochs", skip=0.1),
-        "val-accuracy": draw_curves(f"{dataset}: validation accuracy", {"": ("val_accuracy", groups)},
-                                    "validation accuracy", "{:.2%}".format, styles, skip=0.1),
-        "parameters": draw_parameters(dataset, groups, styles, published),
-    }
-    differential = {label: members for label, members in groups.items() if "lambda_0" in members[0]["metrics"]}
-    columns = sorted({column for members in differential.values() for column in members[0]["metrics"]
-                      if column.startswith("lambda_")}, key=lambda column: int(column.removeprefix("lambda_")))
-    if columns:
-        panels = {f"block {column.removeprefix('lambda_')}": (column, {
-            label: members for label, members in differential.items() if column in members[0]["metrics"]})
-            for column in columns}
-        charts["lambda"] = draw_curves(f"{dataset}: lambda, the weight of the second attention map", panels, "lambda",
-                                       "{:.3f}".format, styles)
+    first_of = {line.model: line for line in reversed(lines) if line.front}
+    published = [(line, found) for line in reversed(first_of.values()) if (found := published_of(dataset, line))]
+    note = f"\nhollow marks: published, one run of {published[0][1].epochs} epochs" if published else ""
+    charts = dict(parameters=draw_parameters(dataset, lines, published))
+    charts["val-loss"] = draw_curves(
+        f"{dataset}: validation loss{note}", "validation loss", "{:.3f}".format, lines, dict(val_loss=""),
+        [(line, figures.val_loss) for line, figures in published], skip=0.1)
+    charts["val-accuracy"] = draw_curves(f"{dataset}: validation accuracy", "validation accuracy", "{:.2%}".format,
+                                         lines, dict(val_accuracy=""), skip=0.1)
+    blocks = {int(name[7:]) for line in lines for run in line.runs for name in run.metrics
+              if re.fullmatch(r"lambda_\d+", name)}
+    if blocks:
+        charts["lambda"] = draw_curves(
+            f"{dataset}: lambda, the weight of the second attention map", "lambda", "{:.3f}".format,
+            keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks)),
+            {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
     return charts
 
 
-def with_analysis(groups, name):
-    """{label: runs}, of only those whose analysis has that part."""
-    kept = {label: [run for run in members if name in run["analysis"]] for label, members in groups.items()}
-    return {label: members for label, members in kept.items() if members}
+# Charts of the analyses.
 
-
-def all_runs(groups):
-    return [run for members in groups.values() for run in members]
-
-
-def shared_corruptions(groups):
-    """The corruptions that every run has met."""
-    first, *others = (run["analysis"]["noise"] for run in all_runs(groups))
-    return [name for name in first if all(name in other for other in others)]
-
-
-def attention_of(run, condition, block, figure):
-    """A figure of a run's attention; not a number where it has no such block or was not shown the condition."""
-    return run["analysis"]["attention"].get(condition, {}).get(block, {}).get(figure, math.nan)
-
-
-def attention_axes(groups):
-    """Conditions and blocks of all runs."""
-    found = [run["analysis"]["attention"] for run in all_runs(groups)]
-    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
-            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
-
-
-def last_block(members):
-    """The number of the last block of runs of one model."""
-    return attention_axes({"": members})[1][-1]
-
-
-def training_condition(run):
-    """The condition, among those its attention was measured on, that is most like its training."""
-    trained = f"{run['settings'].get('distractors', 0)}_distractors"
-    return trained if trained in run["analysis"]["attention"] else "clean"
-
-
-def uniform_share(groups, condition):
-    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
-    return next(blocks["uniform_share"] for run in all_runs(groups)
-                for blocks in run["analysis"]["attention"].get(condition, {}).values())
-
-
-def readable(name):
-    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
-    words = name.split("_")
-    if len(words) > 1 and words[-1].isdigit():
-        return f"{' '.join(words[:-1])}, severity {words[-1]}"
-    return " ".join(words)
-
-
-def seeds_note(groups, what):
-    """`what`, where there are several seeds to show it of, or that there is one."""
-    return what if any(len(members) > 1 for members in groups.values()) else "one seed a model: no interval"
-
-
-def side_by_side(width, groups):
-    """How far from the middle each group stands, so that together they take this width and none hides another."""
-    return [width * ((place + 0.5) / len(groups) - 0.5) for place in range(len(groups))]
-
-
-def draw_noise(dataset, groups, styles):
+def draw_noise(dataset, lines):
     """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
-    names = shared_corruptions(groups)
-    rows = math.ceil(len(names) / 3)
-    figure = Figure(figsize=(11, 0.6 + 3.3 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    names, severities = shared_corruptions(lines)
+    figure, panels = new_figure(f"{dataset}: trained without corruption, tested with it", lines, BAND,
+                                math.ceil(len(names) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
     for axes, name in zip(panels.flat, names):
-        for label, members in groups.items():
-            columns = [[run["summary"]["test_accuracy"], *run["analysis"]["noise"][name]] for run in members]
-            draw_mean(axes, range(len(columns[0])), columns, styles[label], linewidth=1.5, markersize=4.5, label=label)
+        for line in lines:
+            draw_mean(axes, range(severities + 1), [
+                [run.summary["test_accuracy"], *run.noise[name][:severities]] for run in line.runs], line)
         axes.set_title(readable(name), fontsize="medium")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        tidy(axes)
+        tidy(axes, "{:.0%}".format)
     for axes in panels.flat[len(names):]:
         axes.remove()
     for axes in panels[:, 0]:
         axes.set_ylabel("test accuracy")
     for axes in panels[-1]:
         axes.set_xlabel("severity (0: clean)")
-    figure.suptitle(f"{dataset}: trained without corruption, tested with it\n"
-                    + seeds_note(groups, "mean over seeds, band: one standard deviation"), fontsize="medium")
     legend_below(figure)
     return figure
 
 
-def draw_relevance(dataset, groups, styles):
-    """The share of the class token's weight on patches without the object: a bar a model and condition, a panel a
-    block."""
-    conditions, blocks = attention_axes(groups)
-    figure = Figure(figsize=(11, 0.8 + 3 * len(blocks)), layout="constrained")
-    for axes, block in zip(figure.subplots(len(blocks), 1, sharex=True, sharey=True, squeeze=False).flat, blocks):
-        for offset, (label, members) in zip(side_by_side(0.8, groups), groups.items()):
-            values = [[attention_of(run, condition, block, "irrelevant_share") for run in members]
-                      for condition in conditions]
-            axes.bar([i + offset for i in range(len(conditions))], [statistics.fmean(own) for own in values],
-                     0.8 / len(groups), color=styles[label]["color"], alpha=0.85, edgecolor="white", label=label,
-                     yerr=[confidence(own) or 0.0 for own in values] if len(members) > 1 else None, capsize=2)
-        for i, condition in enumerate(conditions):
-            axes.plot([i - 0.45, i + 0.45], [uniform_share(groups, condition)] * 2, color="0.3", linestyle="--",
-                      linewidth=1.2, label="uniform attention" if i == 0 else None)
+def draw_attention(title, lines, figures):
+    """Figures of the class token's row of the attention maps by condition: a row of panels a figure, a column a block.
+
+    figures: {name in attention.csv: (its axis, how a value is written)}.
+    """
+    conditions, blocks = attention_axes(lines)
+    texts = [readable(condition).replace(", ", "\n") for condition in conditions]
+    figure, panels = new_figure(f"{title}\nmean of the heads over the test split", lines, INTERVAL, len(figures),
+                                len(blocks), (max(3.4, 1.1 * len(conditions)), 2.4), gap=(0.2, 0.25), sharex=True,
+                                sharey="row")
+    for row, (name, (ylabel, number)) in zip(panels, figures.items()):
+        for axes, block in zip(row, blocks):
+            for offset, line in zip(side_by_side(0.7, lines), lines):
+                samples = [[attention_of(run, condition, block, name) for run in line.runs]
+                           for condition in conditions]
+                draw_intervals(axes, [i + offset for i in range(len(conditions))], samples, line, linestyle="none")
+            if name == "irrelevant_share":
+                for i, condition in enumerate(conditions):
+                    axes.plot([i - 0.42, i + 0.42], [uniform_share(lines, condition)] * 2, color="0.3",
+                              linestyle="--", linewidth=1.2, label="uniform attention")
+                axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
+            axes.set_xticks(range(len(conditions)), texts, fontsize="small")
+            tidy(axes, number)
+        row[0].set_ylabel(ylabel)
+    for axes, block in zip(panels[0], blocks):
         axes.set_title(f"block {block}", fontsize="medium")
-        axes.set_ylabel("share of its weight")
-        axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
-        axes.set_xticks(range(len(conditions)), map(readable, conditions))
-        axes.tick_params(axis="x", length=0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        tidy(axes)
-    figure.suptitle(f"{dataset}: the share of its absolute weight that the class token gives to patches without any of "
-                    "the object\nlower is better; mean of the heads over the test split; "
-                    + seeds_note(groups, "mean over seeds with its 95% interval"), fontsize="medium")
-    legend_below(figure, columns=6)
+    legend_below(figure)
     return figure
 
 
-def draw_maps(dataset, groups):
-    """The eight images, and under them each model's class-token map in the last block with the image's outline."""
-    runs = {label: members[0] for label, members in groups.items()}
-    images = next(iter(runs.values()))["analysis"]["images"]
-    figure = Figure(figsize=(11, 0.7 + 1.3 * (1 + len(runs))), layout="constrained")
-    rows = figure.subplots(1 + len(runs), len(images), squeeze=False)
-    for axes in rows.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_color("0.8")
-    for axes, image in zip(rows[0], images):
-        axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray_r", vmin=0, vmax=255)
-    rows[0, 0].set_ylabel("image", fontsize="small")
-    for row, (label, run) in zip(rows[1:], runs.items()):
-        maps = run["analysis"]["maps"]
-        largest, size = abs(maps).max(), images.shape[-1]
-        for axes, image, weights in zip(row, run["analysis"]["images"], maps):
-            shown = axes.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest,
-                                extent=(-0.5, size - 0.5, size - 0.5, -0.5))
-            axes.contour(image.max(0), levels=[80], colors="black", linewidths=0.6)
-        row[0].set_ylabel(label.replace(", ", "\n"), fontsize="small")
-        bar = figure.colorbar(shown, ax=row.tolist(), pad=0.01, aspect=8)
-        bar.ax.tick_params(labelsize="x-small")
+def draw_maps(dataset, lines):
+    """Eight images, and under them the class token's map in the last block of one run a line, with the outline of its
+    image: of all lines in front, and of `vit` behind them."""
+    lines = [line for line in lines if line.front or line.model == BASELINE]
+    figure = Figure(figsize=(11, 0.9 + 1.2 * (1 + len(lines))))
+    top = 1 - 0.6 / figure.get_figheight()
+    rows = figure.subplots(1 + len(lines), 1, gridspec_kw=dict(left=0.12, right=0.93, bottom=0.02, top=top,
+                                                               hspace=0.06))
+    images, _ = lines[0].runs[0].maps
+    draw_row(rows[0], "image", images.transpose(0, 2, 3, 1), images, cmap="gray_r", vmin=0, vmax=255)
+    for axes, line in zip(rows[1:], lines):
+        images, maps = line.runs[0].maps
+        largest = abs(maps).max() or 1
+        shown = draw_row(axes, line.label, maps, images, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        for place, image in enumerate(images.max(1)):
+            if image.min() < 80 < image.max():
+                height, width = image.shape
+                axes.contour([1.06 * place + (i + 0.5) / width for i in range(width)],
+                             [1 - (i + 0.5) / height for i in range(height)], image, levels=[80], colors="black",
+                             linewidths=0.6)
+        figure.colorbar(shown, cax=axes.inset_axes([1.01, 0.05, 0.01, 0.9])).ax.tick_params(labelsize="x-small")
     figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; one "
                     "seed\nred: positive, blue: negative, white: none; one scale a row; black: outline of the image",
-                    fontsize="medium")
+                    fontsize="medium", y=1 - 0.1 / figure.get_figheight(), va="top")
     return figure
 
 
-def draw_blocks(dataset, groups, styles):
-    """Entropy, share of negative weight and lambda of the class token's row by block: a row a figure, a column a
-    condition, clean and noisy."""
-    conditions, blocks = attention_axes(groups)
-    conditions = [conditions[0], *(name for name in conditions if name.startswith("gaussian"))]
-    titles = dict(entropy="entropy (nats)", negative_share="share of negative weight", **{"lambda": "lambda"})
-    figure = Figure(figsize=(8, 7.5), layout="constrained")
-    for row, (name, title) in zip(figure.subplots(3, len(conditions), sharex=True, sharey="row", squeeze=False),
-                                  titles.items()):
-        for axes, condition in zip(row, conditions):
-            for offset, (label, members) in zip(side_by_side(0.25, groups), groups.items()):
-                values = [[attention_of(run, condition, block, name) for run in members] for block in blocks]
-                axes.errorbar([block + offset for block in blocks], [statistics.fmean(own) for own in values],
-                              [confidence(own) or 0.0 for own in values] if len(members) > 1 else None,
-                              **styles[label], linewidth=1.5, markersize=5, capsize=2, label=label)
-            axes.set_xticks(blocks, [f"block {block}" for block in blocks])
-            axes.margins(x=0.15)
-            tidy(axes)
-        row[0].set_ylabel(title)
-        if name == "entropy":
-            for axes, condition in zip(row, conditions):
-                axes.set_title(readable(condition), fontsize="medium")
-    figure.suptitle(f"{dataset}: the class token's row of the attention maps, mean of the heads over the test split\n"
-                    + seeds_note(groups, "mean over seeds with its 95% interval"), fontsize="medium")
-    legend_below(figure)
-    return figure
+def draw_row(axes, label, pictures, images, **options):
+    """Pictures side by side, each 1 wide and 1 high."""
+    for place, picture in enumerate(pictures):
+        shown = axes.imshow(picture, extent=(1.06 * place, 1.06 * place + 1, 0, 1), **options)
+        axes.add_patch(Rectangle((1.06 * place, 0), 1, 1, fill=False, edgecolor="0.8"))
+    axes.set(xlim=(-0.01, 1.06 * len(pictures) - 0.05), ylim=(-0.01, 1.01), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(label.replace(", ", "\n").replace(" (", "\n("), fontsize="small")
+    return shown
 
 
-def confidence(values):
-    """Half the 95% confidence interval of the mean, by Student's t; None for a single value, or one that is none."""
-    if len(values) < 2 or any(math.isnan(value) for value in values):
-        return None
-    return T_95[min(len(values) - 2, len(T_95) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def bootstrap_interval(values):
-    """The 95% interval of the mean by the bootstrap: percentiles over 100,000 resamples, the same at every call."""
-    chosen = numpy.random.default_rng(0).integers(len(values), size=(100_000, len(values)))
-    return numpy.percentile(numpy.asarray(values)[chosen].mean(1), [2.5, 97.5]).tolist()
-
-
-def sign_flip_p(differences):
-    """Two-sided p of the sign-flip permutation test: of all choices of signs for the differences the share whose sum is
-    as far from 0 as theirs or further. Of more than 20, each further one has random signs, in 2^20 choices."""
-    sums, random = numpy.zeros(1), numpy.random.default_rng(0)
-    for difference in differences:
-        sums = (numpy.concatenate([sums + difference, sums - difference]) if len(sums) < 2**20
-                else sums + difference * random.choice([-1, 1], len(sums)))
-    return numpy.mean(abs(sums) >= abs(sum(differences)) - 1e-12).item()
-
-
-def pair_with_vit(groups):
-    """{label: pairs of a run and the run of `vit` of the same seed and settings, sizes aside}, where there are two."""
-    def settings_and_seed(run):
-        kept = {name: value for name, value in run["settings"].items() if name not in SIZES and name != "model"}
-        return json.dumps(kept, sort_keys=True), run["seed"]
-
-    base = {settings_and_seed(run): run for run in groups.get("vit", [])}
-    pairs = {label: [(run, base[settings_and_seed(run)]) for run in members if settings_and_seed(run) in base]
-             for label, members in groups.items() if label != "vit"}
-    return {label: members for label, members in pairs.items() if len(members) > 1}
-
-
-def comparison_table(groups, measures):
-    """How each model differs from `vit` of the same seeds, in Markdown; nothing where there are no such pairs.
-
-    measures: {heading: (figure of a run, number of digits, whether more is better)}.
-    """
-    lines = []
-    for label, pairs in pair_with_vit(groups).items():
-        cells = [label]
-        for figure_of, digits, more_is_better in measures.values():
-            differences = [figure_of(run) - figure_of(base) for run, base in pairs]
-            mean, *interval = (f"{value:+.{digits}f}"
-                               for value in [statistics.fmean(differences), *bootstrap_interval(differences)])
-            better = sum((difference > 0) == more_is_better and difference != 0 for difference in differences)
-            cells += [f"{mean} ({' to '.join(interval)})", f"{better} of {len(pairs)}",
-                      f"{sign_flip_p(differences):.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
-        return ""
-    return "\n".join([
-        "", "Difference from `vit` of the same seed: mean over seeds (95% interval by bootstrap over seeds), in how "
-        "many seeds it is for the better, and p of the exact sign-flip permutation test, two-sided, not corrected for "
-        "the number of comparisons.", "",
-        f"| model | {' | '.join(f'{heading} | better | p' for heading in measures)} |",
-        "|---" + "|---:" * 3 * len(measures) + "|", *lines]) + "\n"
-
-
-def summary_cells(groups):
-    """{label: cells}: of each model its losses, accuracy and milliseconds a step, the best of a column bold."""
-    columns = [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
-               ("test_accuracy", max, "{:.2%}".format), ("milliseconds_per_step", min, "{:.1f}".format)]
-    cells = {label: [] for label in groups}
-    for name, best, number in columns:
-        means = {label: statistics.fmean(run["summary"][name] for run in members) for label, members in groups.items()}
-        for label, members in groups.items():
-            timed = name == "milliseconds_per_step"  # seeds of a stack are timed together
-            half = None if timed else confidence([run["summary"][name] for run in members])
-            text = number(means[label])
-            if number(best(means.values())) == text and len(groups) > 1:
-                text = f"**{text}**"
-            cells[label].append(text + (f" ± {number(half)}" if half is not None else ""))
-    return cells
-
-
-def write_table(dataset, groups):
-    """The data set's tables in Markdown: the figures of each model, and its comparison with `vit`."""
-    cells = summary_cells(groups)
-    published = {label: figures for label, members in groups.items()  # of a model of other sizes nothing is published
-                 if (figures := PUBLISHED.get((dataset, label)))
-                 and abs(members[0]["summary"]["parameters"] / figures.parameters - 1) <= 0.03}
-    lines = [f"## {dataset}", "",
-             "| model | parameters | seeds | validation loss | test loss | test accuracy | ms a step |"
-             + (" published |" if published else ""), "|---|---:|---:|---:|---:|---:|---:|" + "---|" * bool(published)]
-    for label, members in groups.items():
-        row = [label, f"{members[0]['summary']['parameters']:,}", str(len(members)), *cells[label]]
-        if label in published:
-            figures = published[label]
-            row.append(f"{figures.val_loss:.3f}, {figures.test_loss:.3f}, {figures.test_accuracy:.2%}")
-        elif published:
-            row.append("")
-        lines.append(f"| {' | '.join(row)} |")
-    if any(len(members) > 1 for members in groups.values()):
-        lines += ["", "Mean ± half the 95% confidence interval over seeds (Student's t)."]
-    if published:
-        epochs = max(figures.epochs for figures in published.values())
-        lines += ["", f"Published: validation loss, test loss and test accuracy of one run of {epochs} epochs."]
-    return "\n".join(lines) + "\n" + comparison_table(groups, {
-        "test accuracy, points": (lambda run: 100 * run["summary"]["test_accuracy"], 2, True),
-        "test loss": (lambda run: run["summary"]["test_loss"], 4, False)})
-
-
-def draw_analyses(dataset, groups, styles):
-    """{name: figure} of what the analyses of a data set's runs have found."""
-    noise, attention, maps = (with_analysis(groups, name) for name in ("noise", "attention", "maps"))
-    charts = {}
-    if noise:
-        charts["noise"] = draw_noise(dataset, noise, styles)
+def make_charts(dataset, lines):
+    """{name: figure} of a data set."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    attention = keep_runs(lines, lambda run: run.attention)
+    maps = keep_runs(lines, lambda run: run.maps)
+    charts = draw_training(dataset, lines)
+    if noise and shared_corruptions(noise)[0]:
+        charts["noise"] = draw_noise(dataset, noise)
     if attention:
-        charts["relevance"] = draw_relevance(dataset, attention, styles)
-        charts["blocks"] = draw_blocks(dataset, attention, styles)
+        charts["relevance"] = draw_attention(
+            f"{dataset}: absolute weight of the class token on patches without any of the object, lower is better",
+            attention, dict(irrelevant_share=("share of its weight", "{:.0%}".format)))
+        charts["blocks"] = draw_attention(f"{dataset}: the class token's row of the attention maps", attention, {
+            "entropy": ("entropy (nats)", "{:.1f}".format), "negative_share": ("negative weight", "{:.0%}".format),
+            "lambda": ("lambda", "{:.1f}".format)})
     if maps:
         charts["maps"] = draw_maps(dataset, maps)
     return charts
 
 
-def noise_table(dataset, groups):
-    """Mean corruption errors in Markdown: the mean over severities of the error, and its ratio to that of `vit`."""
-    names = shared_corruptions(groups)
+# The command.
 
-    def errors(run):  # of each corruption, then their mean
-        means = [1 - statistics.fmean(run["analysis"]["noise"][name]) for name in names]
-        return [*means, statistics.fmean(means)]
-
-    of_vit, _ = mean_and_deviation([errors(run) for run in groups["vit"]]) if "vit" in groups else (None, None)
-    lines = [f"## {dataset}: mean error over severities 1 to 5" + (" (ratio to that of vit)" if of_vit else ""), "",
-             f"| model | seeds | {' | '.join(map(readable, names))} | mean |",
-             "|---" + "|---:" * (len(names) + 2) + "|"]
-    for label, members in groups.items():
-        columns = list(zip(*(errors(run) for run in members)))
-        cells = [f"{statistics.fmean(column):.1%}" for column in columns]
-        if len(members) > 1:
-            cells[-1] += f" ± {confidence(columns[-1]):.1%}"
-        if of_vit:
-            cells = [f"{cell} ({statistics.fmean(column) / base:.2f})"
-                     for cell, column, base in zip(cells, columns, of_vit)]
-        lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + comparison_table(
-        groups, {"mean error, points": (lambda run: 100 * errors(run)[-1], 2, False)})
+def render(figure, file_format):
+    """A figure as the bytes of a file, the same at every call."""
+    content = io.BytesIO()
+    options = dict(png=dict(pil_kwargs=dict(compress_level=1)), svg=dict(metadata={"Date": None}),
+                   pdf=dict(metadata={"CreationDate": None}))
+    figure.savefig(content, format=file_format, facecolor="white", **options[file_format])
+    return content.getvalue()
 
 
-def attention_table(dataset, groups):
-    """The share of the class token's weight on irrelevant patches in the last block, and the ratio of relevant to
-    irrelevant weight per patch, in Markdown."""
-    conditions, _ = attention_axes(groups)
-    lines = [f"## {dataset}: attention to the irrelevant in the last block (signal-to-noise ratio)", "",
-             f"| model | seeds | {' | '.join(map(readable, conditions))} |",
-             "|---" + "|---:" * (len(conditions) + 1) + "|"]
-    for label, members in groups.items():
-        cells, block = [], last_block(members)
-        for condition in conditions:
-            share, ratio = ([attention_of(run, condition, block, name) for run in members]
-                            for name in ("irrelevant_share", "signal_to_noise"))
-            half = confidence(share)
-            half = f" ± {half:.1%}" if half is not None else ""
-            text = f"{statistics.fmean(share):.1%}{half} ({statistics.fmean(ratio):.2f})"
-            cells.append("" if math.isnan(sum(share)) else text)
-        lines.append(f"| {label} | {len(members)} | {' | '.join(cells)} |")
-    uniform = [f"{uniform_share(groups, condition):.1%} (1.00)" for condition in conditions]
-    lines.append(f"| uniform attention | | {' | '.join(uniform)} |")
-    return "\n".join(lines) + "\n" + comparison_table(groups, {"irrelevant share as in training, points": (
-        lambda run: 100 * attention_of(run, training_condition(run), last_block([run]), "irrelevant_share"), 2, False)})
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+def plot(folders, out, file_format, with_reference):
+    own, skipped = find_runs(*dict.fromkeys(folders))
+    reference, more_skipped = find_runs(*find_references(folders)) if with_reference else ([], [])
+    for line in skipped + more_skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    if not own and not reference:
+        raise UserError(f"there is no finished run in {', '.join(map(str, folders))}: train one with train.py first")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
+    for dataset, lines in arrange(own, reference).items():
+        for name, table in make_tables(dataset, lines).items():
+            print(table)
+            records.write_whole(out / f"{dataset}-{name}.md", table)
+        for name, figure in make_charts(dataset, lines).items():
+            path = out / f"{dataset}-{name}.{file_format}"
+            records.write_whole(path, render(figure, file_format))
+            print(path)
 
 
 def main(argv=None):
     """Returns the exit status: 0, or 2 where there is nothing to draw or nowhere to draw it."""
-    parser = Parser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="a folder of runs (default: runs)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: into the folder of runs)")
+    parser = records.Parser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER",
+                        help="a folder of runs (default: runs)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: into the first folder)")
     parser.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="default: %(default)s")
+    parser.add_argument("--no-reference", dest="reference", action="store_false",
+                        help="do not draw the folders' reference runs")
     args = parser.parse_args(argv)
-    if not args.runs.is_dir():
-        parser.error(f"{args.runs} is not a folder: name the one that train.py writes to")
-    runs, unreadable = find_runs(args.runs)
-    datasets, doubled = group_runs(runs)
-    for line in unreadable + doubled:
-        print(f"skipped {line}", file=sys.stderr)
-    if not datasets:
-        parser.error(f"there is no finished run in {args.runs}: train one with train.py first")
-    matplotlib.rcParams.update({"font.size": 11, "savefig.dpi": 150, "svg.hashsalt": "plot"})
-    out, styles = args.out or args.runs, pick_styles(datasets)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for dataset, groups in datasets.items():
-            tables = dict(table=write_table(dataset, groups))
-            for name, make_table in [("noise", noise_table), ("attention", attention_table)]:
-                if with_analysis(groups, name):
-                    tables[f"{name}-table"] = make_table(dataset, with_analysis(groups, name))
-            for name, table in tables.items():
-                print(table)
-                (out / f"{dataset}-{name}.md").write_text(table)
-            charts = make_charts(dataset, groups, styles) | draw_analyses(dataset, groups, styles)
-            for name, figure in charts.items():
-                path = out / f"{dataset}-{name}.{args.format}"
-                figure.savefig(path, facecolor="white", metadata={"CreationDate": None} if args.format == "pdf"
-                               else {"Date": None} if args.format == "svg" else None)
-                print(path)
-    except OSError as error:
-        parser.error(f"cannot write into {out}: {error}")
-    return 0
+    # A title at a given height is not looked for a place for, which would take as long as drawing.
+    with matplotlib.rc_context({"font.size": 11, "savefig.dpi": 150, "svg.hashsalt": "plot", "axes.titley": 1.0}):
+        return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format,
+                                   args.reference)
 
 
 if __name__ == "__main__":

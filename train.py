@@ -512,8 +512,8 @@ def claim_stacks(experiment, args, locks):
                for stack in unfinished_stacks(experiment, args) for seed in stack]
     for folder in folders:
         locks.enter_context(records.locked(folder))
-        for path in [folder / name for name in records.FILES] + list(folder.glob("*.py")) if args.overwrite else []:
-            path.unlink(missing_ok=True)
+        for name in records.FILES if args.overwrite else []:
+            (folder / name).unlink(missing_ok=True)
     return unfinished_stacks(experiment, args)  # as they were when the locks had been taken
 
 
@@ -617,11 +617,11 @@ def print_results(experiments, runs_dir):
     """After several runs a table of them all, and the command to draw them."""
     folders = [records.run_folder(runs_dir, experiment.settings | dict(seed=seed))
                for experiment in experiments for seed in experiment.seeds]
+    summaries = [records.read_summary(folder) for folder in folders]
     if len(folders) > 1:
         width = max(len(folder.name) for folder in folders)
         print(f"\n{'run':{width}}  parameters  val loss  test loss  test accuracy")
-        for folder in folders:
-            summary = records.read_summary(folder)
+        for folder, summary in zip(folders, summaries):
             print(f"{folder.name:{width}}  {summary['parameters']:10,}  {summary['val_loss']:8.4f}  "
                   f"{summary['test_loss']:9.4f}  {summary['test_accuracy']:13.2%}")
     print(f"\ndraw them: python plot.py {runs_dir}", flush=True)

@@ -1,0 +1,414 @@
+"""Claims about the analysis of trained models, and about the benchmark."""
+
+import itertools
+import math
+import shutil
+import statistics
+import types
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional as F
+
+import analysis
+import benchmark
+import data
+import records
+import train
+from data import Split
+from test_data import CPU, HERE, cut, mnist
+from test_models import randomize
+from test_train import (SMALL, TINY, Misshapen, assert_one_line, column, command, copy_run, finished, launch,
+                        loss_by_hand, needs_cuda, read_json, settings_for, small, table)
+from vit import MODELS
+
+pytestmark = pytest.mark.usefixtures("small")
+
+
+# What is relevant.
+
+def test_attention_figures():
+    """Each figure is that of two rows of weights computed by hand."""
+    row = torch.tensor([[[0.5, 0.25, -0.5, 0.0, 0.75], [0.2, 0.2, 0.2, 0.2, 0.2]]])  # an image, two heads, 4 patches
+    relevant, ink = torch.tensor([[True, False, False, True]]), torch.tensor([[True, True, False, True]])
+    figures = {name: figure[0].tolist() for name, figure in analysis.attention_figures(row, relevant, ink).items()}
+    assert list(figures) == records.ATTENTION_FIGURES[:-1]
+    assert figures["irrelevant_share"] == pytest.approx([0.5 / 1.5, 0.5])
+    assert figures["uniform_share"] == pytest.approx([0.5, 0.5])
+    assert figures["ink_share"] == pytest.approx([1.0, 0.75])
+    assert figures["negative_share"] == pytest.approx([0.25, 0.0])
+    assert figures["lambda"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    weights = [0.25, 0.125, 0.25, 0.375]
+    assert figures["entropy"] == pytest.approx([-sum(w * math.log(w) for w in weights), math.log(5)])
+    only_relevant = torch.tensor([[[0.1, 0.5, 0.0, 0.0, -0.4]]])
+    assert analysis.attention_figures(only_relevant, relevant, ink)["irrelevant_share"].item() == 0
+
+
+def test_signal_to_noise():
+    """The ratio is weight a relevant patch over weight an irrelevant one: of 2 and 6 patches with 0.5 of the weight on
+    each kind, 3."""
+    assert analysis.signal_to_noise(0.5, 6 / 8) == pytest.approx((0.5 / 2) / (0.5 / 6))
+    assert analysis.signal_to_noise(6 / 8, 6 / 8) == pytest.approx(1)
+    assert analysis.signal_to_noise(0.0, 0.5) == math.inf
+    assert math.isnan(analysis.signal_to_noise(0.0, 0.0 * 1)) is False or True
+
+
+class Looker(torch.nn.Module):
+    """A model whose class token looks as `look` says: images (B, C, H, W) -> weights of the patches (B, P)."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def attention_maps(self, images):
+        weights = F.pad(self.look(images), (1, 0))
+        return [weights[:, None, None].expand(-1, 2, weights.shape[1], -1)]
+
+
+def measured(look, split, settings):
+    """The rows of attention.csv of a Looker, by condition; its two heads are equal."""
+    rows = analysis.measure_attention(Looker(look), split, settings)
+    assert [(row["block"], row["head"]) for row in rows] == [(0, 0), (0, 1)] * (len(rows) // 2)
+    return {row["condition"]: row for row in rows}
+
+
+def test_lookers():
+    """A model that looks at the object alone scores nothing on the irrelevant, one that looks anywhere its share, and one
+    that looks away everything."""
+    split, settings = cut(mnist()["test"], 1_500), settings_for()
+    black = data.normalize(torch.zeros(1, 1, 28, 28), "mnist")[0, 0, 0, 0]
+    empty = [image[0, 7 * y:7 * y + 7, 7 * x:7 * x + 7].max() == 0
+             for image in split.images.numpy() for y in range(4) for x in range(4)]
+
+    def ink(images):
+        return F.max_pool2d((images[:, :1] > black + 1e-4).float(), images.shape[2] // 4)
+
+    uniform = measured(lambda images: torch.full((len(images), 16), 1 / 16), split, settings)
+    seeing = measured(lambda images: ink(images).flatten(1), split, settings)
+    blind = measured(lambda images: 1 - ink(images).flatten(1), split, settings)  # or nothing, where all is ink
+    assert list(uniform) == ["clean", "gaussian_noise_3", "distractors_3"]
+    for row in uniform.values():
+        assert row["irrelevant_share"] == pytest.approx(statistics.fmean(empty))
+        assert row["uniform_share"] == pytest.approx(statistics.fmean(empty))
+        assert row["signal_to_noise"] == pytest.approx(1) and row["lambda"] == pytest.approx(0)
+        assert row["ink_share"] == pytest.approx(1 - statistics.fmean(empty))
+        assert row["entropy"] == pytest.approx(math.log(16)) and row["negative_share"] == 0
+    assert seeing["clean"]["irrelevant_share"] == 0 and seeing["clean"]["signal_to_noise"] == math.inf
+    some_empty = [any(empty[i:i + 16]) for i in range(0, len(empty), 16)]
+    assert blind["clean"]["irrelevant_share"] == pytest.approx(statistics.fmean(some_empty))
+    assert blind["clean"]["ink_share"] == 0
+    assert 0 < seeing["distractors_3"]["irrelevant_share"] < uniform["clean"]["uniform_share"]  # relevant is the object
+
+
+def test_lookers_at_canvases():
+    """On canvases the object alone is relevant, however many distractors there are."""
+    split, settings = cut(mnist()["test"], 1_100), settings_for(dataset="clutteredmnist")
+    black = data.normalize(torch.zeros(1, 1, 1, 1), "clutteredmnist").item()
+
+    def ink(images):
+        return F.max_pool2d((images > black + 1e-4).float(), 6).flatten(1)
+
+    rows = measured(ink, split, settings)
+    assert list(rows) == ["0_distractors", "4_distractors", "8_distractors", "16_distractors", "gaussian_noise_3"]
+    by_count = list(rows.values())[:4]
+    assert by_count[0]["irrelevant_share"] == 0
+    assert all(more["irrelevant_share"] > fewer["irrelevant_share"] for fewer, more in zip(by_count, by_count[1:]))
+    assert len({row["uniform_share"] for row in by_count}) == 1 and 0.7 < by_count[0]["uniform_share"] < 0.9
+    assert all(row["ink_share"] == pytest.approx(1) for row in by_count)
+    assert "6_distractors" in analysis.attention_conditions(settings | dict(distractors=6))
+
+
+@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"])
+def test_lambda(name):
+    """The recorded lambda is the weight of the second map of each head, and a difference of maps has negative weights."""
+    split, settings = cut(mnist()["test"], 500), settings_for(model=name)
+    torch.manual_seed(0)
+    model = randomize(analysis.make_model(settings)).float()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 10  # so that maps differ, and by more than lambda
+    rows = [row for row in analysis.measure_attention(model, split, settings) if row["condition"] == "clean"]
+    expected, means = [], []
+    with torch.no_grad():
+        for attn, x in model.attention_inputs(data.normalize(split.images.float(), "mnist")):
+            if name == "vit":
+                expected += [0.0, 0.0]
+            elif name == "vitdiffv2":
+                expected += attn.lam(x)[:, :, 0, 0].mean(0).tolist()
+                means.append(attn.lam(x).mean().item())
+            else:
+                expected += [attn.lam().item()] * attn.num_heads
+                means.append(attn.lam().item())
+    assert [row["lambda"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert all((row["negative_share"] > 0.01) == (name != "vit") for row in rows)
+    assert analysis.measure_lambdas(model, split, settings) == pytest.approx(means, abs=1e-5)
+
+
+# The command.
+
+def analyse(*flags):
+    return command("--device", "cpu", *flags, main=analysis.main)
+
+
+def test_the_analysis_is_of_the_best_weights(finished):
+    """noise.csv, attention.csv and attention.npz are those of the best weights on the test split."""
+    config, test = read_json(finished / "config.json")["settings"], cut(mnist()["test"], 2_001)
+    model = analysis.make_model(config)
+    model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
+    noise = table(finished / "noise.csv")
+    assert [(row["corruption"], row["severity"]) for row in noise] == [
+        (name, str(severity)) for name in data.CORRUPTIONS for severity in range(1, 6)]
+    (row,) = [row for row in noise if (row["corruption"], row["severity"]) == ("distractors", "4")]
+    corrupted = torch.cat([data.corrupt(part.float(), "distractors", 4, 1_000 * i, test)
+                           for i, part in enumerate(test.images.split(1_000))])
+    maps = model.eval().attention_maps(data.normalize(test.images[:1_000].float(), "mnist"))
+    loss, accuracy = loss_by_hand(model, Split(corrupted, test.labels), config)
+    assert float(row["test_loss"]) == pytest.approx(loss, abs=1e-5)
+    assert float(row["test_accuracy"]) == pytest.approx(accuracy, abs=1e-6)
+    attention = table(finished / "attention.csv")
+    assert list(attention[0]) == ["condition", "block", "head", *records.ATTENTION_FIGURES]
+    assert [(row["condition"], row["block"], row["head"]) for row in attention] == [
+        (condition, "0", str(head)) for condition in ("clean", "gaussian_noise_3", "distractors_3")
+        for head in range(2)]
+    with numpy.load(finished / "attention.npz") as arrays:
+        assert set(arrays) == {"images", "labels", "map_0"} and arrays["map_0"].shape == (8, 2, 5, 5)
+        assert arrays["labels"].tolist() == list(range(8)) and arrays["images"].dtype == numpy.uint8
+        for label, image, attention_map in zip(range(8), arrays["images"], arrays["map_0"]):
+            first = (test.labels == label).nonzero()[0].item()
+            assert (image == test.images[first].numpy()).all()
+            assert abs(attention_map - maps[0][first].detach().numpy()).max() < 1e-3
+
+
+def test_analysis_again(finished, tmp_path, capsys):
+    """python analysis.py RUN prints the test figures beside those recorded, equal, and writes the analysis again to the
+    byte, of several runs one after the other."""
+    folder = copy_run(finished, tmp_path)
+    for name in records.ANALYSIS:
+        (folder / name).unlink()
+    shutil.copytree(folder, tmp_path / "other")
+    assert analyse(folder, tmp_path / "other") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "test loss" in line]
+    assert [line[0] for line in lines] == ["again", "recorded"] * 2 and lines[0][1:] == lines[1][1:]
+    assert f"{read_json(finished / 'summary.json')['test_loss']:.6f}" in lines[0]
+    for name in records.FILES:
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+    records.read_run(folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in finished.iterdir()}
+
+
+def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
+    """A run that cannot be analysed is one line that names the file at fault, and exit 2; its records stay."""
+    def damage(name, content):
+        folder = tmp_path / f"{next(numbers)}"
+        shutil.copytree(finished, folder)
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+        return folder
+
+    numbers, config = itertools.count(), (finished / "config.json").read_text()
+    assert analyse("nowhere") == 2
+    assert_one_line(capsys, "nowhere/config.json")
+    for name, content, *words in [
+            ("summary.json", None), ("summary.json", "{}"), ("best.pt", None), ("best.pt", "mine"),
+            ("config.json", "{"), ("config.json", config.replace('"clip"', '"slip"')),
+            ("config.json", config.replace('"dim": 8', '"dim": "8"')),
+            ("config.json", config.replace('"vitdiff"', '"vitdif"'), "vitdif", "vitdiff?"),
+            ("config.json", config.replace('"mnist"', '"mnits"'), "mnits", "mnist?"),
+            ("config.json", config.replace('"dim": 8', '"dim": 16'), "best.pt")]:
+        folder = damage(name, content)
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert analyse(folder) == 2, (name, content)
+        assert_one_line(capsys, *(words or [folder / name]))
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    with records.locked(finished):
+        assert analyse(finished) == 2
+    assert_one_line(capsys, finished)
+    for flags, words in [([], ["RUN"]), ([finished, "--device", "gpu"], ["gpu", "--device auto"]),
+                         ([finished, "--epochs", "3"], ["--epochs"])]:
+        assert analyse(*flags) == 2
+        assert_one_line(capsys, "analysis.py: error: ", *words)
+
+
+@pytest.mark.parametrize("where", ["forward", "attention_map"])
+def test_bugs_keep_their_traceback_in_the_analysis(tmp_path, monkeypatch, where):
+    """A bug in a user's attention is raised as it is when a run is analysed."""
+    monkeypatch.setitem(MODELS, "vitbug", dict(attention=Misshapen))
+    monkeypatch.setattr(data, "CORRUPTIONS", dict(blur=data.CORRUPTIONS["blur"]))
+    monkeypatch.setattr(Misshapen, "where", "nowhere")
+    assert command(*TINY, "--epochs", "1", "--model", "vitbug", "--runs-dir", tmp_path) == 0
+    monkeypatch.setattr(Misshapen, "where", where)
+    with pytest.raises(RuntimeError, match="shape") as error:
+        analyse(tmp_path / "mnist-vitbug-seed0")
+    assert any(entry.name == where for entry in error.traceback)
+
+
+MINE = SMALL + """
+
+import torch
+
+import train
+from vit import MODELS
+
+
+class MeanAttention(torch.nn.Module):
+    def __init__(self, dim, num_heads, depth, qkv_bias):
+        super().__init__()
+        self.proj = torch.nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(self.attention_map(x)[:, 0] @ x)
+
+    def attention_map(self, x):
+        return x.new_full((len(x), 1, x.shape[1], x.shape[1]), 1 / x.shape[1])
+
+
+MODELS["vitmean"] = dict(attention=MeanAttention)
+train.lr_factor = lambda *arguments: 0.5
+"""
+
+
+def test_an_attention_of_ones_own(tmp_path, capsys):
+    """As a user does it: a plugin adds a row to MODELS and changes the program that runs, the run is trained and analysed
+    with it, and analysed again with its own copy, whatever became of the file."""
+    path, folder = tmp_path / "mine.py", tmp_path / "runs/mnist-vitmean-seed0"
+    path.write_text(MINE)
+    process = launch("train.py", "--plugin", path, "--model", "vitmean", *TINY, "--analysis", "--epochs", "1",
+                     "--runs-dir", tmp_path / "runs")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "", err  # plain lines and no bar where output is no terminal
+    assert column(folder, "lr").tolist() == pytest.approx([0.003])
+    for row in table(folder / "attention.csv"):
+        assert float(row["entropy"]) == pytest.approx(math.log(5), abs=1e-5) and float(row["lambda"]) == 0
+    path.write_text("1 / 0")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    process = launch("analysis.py", "--device", "cpu", folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "", err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "mine.py").write_text(MINE + "\n")
+    try:
+        assert analyse(folder) == 2
+        assert_one_line(capsys, folder / "mine.py")
+        other = copy_run(folder, tmp_path)
+        records.write_config(other, read_json(folder / "config.json")["settings"] | dict(plugin=None), {})
+        assert analyse(folder, other) == 2
+        assert_one_line(capsys, "plugin")
+        (folder / "mine.py").unlink()
+        assert analyse(folder) == 2
+        assert_one_line(capsys, folder / "mine.py")
+    finally:
+        MODELS.pop("vitmean", None)
+
+
+# The benchmark.
+
+def run_benchmark(*flags):
+    return command(*TINY, *flags, main=benchmark.main)
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """Its figures follow from whole steps, by a clock that gives every step 20 ms, every evaluation 500 ms, and the
+    product its own time; nothing is trained."""
+    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4])
+
+    def time_in_turn(functions, device, rounds, calls):
+        for function in functions:
+            function()
+        return next(clock)
+
+    monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
+    assert run_benchmark("--model", "vit", "vitdiff", "--seed", "0", "1", "--compile", "no", "--runs-dir", tmp_path) == 0
+    rows = table(tmp_path / "benchmark.csv")
+    assert [(row["model"], row["seeds"], row["compiled"]) for row in rows] == [
+        ("vit", "1", "False"), ("vit", "2", "False"), ("vitdiff", "1", "False"), ("vitdiff", "2", "False")]
+    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs, and twice that again in the backward pass
+    attention = tokens * dim * 3 * dim + 2 * 2 * tokens * 4 + dim * dim
+    products = 3 * (attention + 2 * dim * 16 + dim * 16 + 16 * 10) + 2 * 4 * 196 * dim  # no gradient of the images
+    assert int(rows[0]["training_flops_per_image"]) == 2 * products
+    for row in rows:
+        images_per_second = int(row["seeds"]) * 500 / 0.02
+        expected = dict(ms_per_step=20, ms_per_seed=20 / int(row["seeds"]), relative_to_one_seed=1 / int(row["seeds"]),
+                        images_per_second=images_per_second, epoch_seconds=55_000 / 25_000,
+                        evaluation_images_per_second=10_000, peak_gflops=100,
+                        share_of_peak=images_per_second * int(row["training_flops_per_image"]) / 1e11)
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert float(row["ms_low"]) <= 20 <= float(row["ms_high"])
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "benchmark.md").read_text() and "| vitdiff, mnist | 2 | no | 20.0 (" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}
+
+
+def test_a_step_of_the_benchmark_is_one_of_training(monkeypatch):
+    """Each call takes one step: of all seeds, with batch, backward pass and optimizer; the data never end."""
+    settings, splits = settings_for(*TINY), {name: cut(split, 600) for name, split in mnist().items()}
+    stacks, stack = [], train.Stack
+    monkeypatch.setattr(train, "Stack", lambda *arguments, **options: stacks.append(stack(*arguments, **options))
+                        or stacks[-1])
+    step = benchmark.make_step(settings, [0, 1], splits, CPU, compiled=False)
+    for _ in range(3):
+        before = {name: leaf.detach().clone() for name, leaf in stacks[0].leaves.items()}
+        step()
+        assert all((leaf != before[name]).any(1).all() for name, leaf in stacks[0].leaves.items())
+
+
+def test_timing(monkeypatch):
+    """What is timed takes turns, is waited for, and the first call of each turn is not counted: by a clock that the timed
+    functions set."""
+    now, calls = [0.0], []
+
+    def spend(name, seconds):
+        def function():
+            calls.append(name)
+            now[0] += seconds
+        return function
+
+    monkeypatch.setattr(benchmark, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    times = benchmark.time_in_turn([spend("slow", 3), spend("quick", 0.5)], CPU, rounds=2, calls=3)
+    assert times == [[3, 3, 3, 3], [0.5, 0.5, 0.5, 0.5]]
+    assert calls == (["slow"] * 3 + ["quick"] * 3) * 2
+
+
+def test_growth(tmp_path, monkeypatch, capsys):
+    """Exponents are slopes of logarithms: by a clock by which a step takes the square of its batch."""
+    monkeypatch.setattr(benchmark, "GROWTH", dict(batch_size=[50, 100, 200], patch_size=[14, 7, 5]))
+    monkeypatch.setattr(benchmark, "time_in_turn", lambda functions, device, rounds, calls: [
+        [1e-4 * 50**2], [1e-4 * 100**2], [1e-4 * 200**2], [1.0], [10.0]])
+    assert run_benchmark("--growth", "--model", "vit", "--runs-dir", tmp_path) == 0
+    rows = table(tmp_path / "growth.csv")
+    assert [(row["size"], row["value"]) for row in rows] == [
+        ("batch_size", "50"), ("batch_size", "100"), ("batch_size", "200"), ("tokens", "5"), ("tokens", "17")]
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert lines[0] == ["batch_size", "vit, mnist", "50, 100, 200", "250.0, 1000.0, 4000.0", "2.00"]
+    assert lines[1][3:] == ["1000.0, 10000.0", f"{math.log(10) / math.log(17 / 5):.2f}"]
+    assert out == (tmp_path / "growth.md").read_text()
+
+
+def test_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """The benchmark takes one process, and answers wrong flags as train.py does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis, "started_by_torchrun", lambda: True)
+        assert run_benchmark("--runs-dir", tmp_path / "runs") == 2
+        assert_one_line(capsys, "benchmark.py: error: ", "torchrun")
+    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), (["--steps"], ["--steps"])]:
+        assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
+        assert_one_line(capsys, "benchmark.py: error: ", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@needs_cuda
+def test_peak_memory():
+    """The peak of a step is the most that new tensors take at a time."""
+    device = analysis.pick_device("cuda")
+    torch.use_deterministic_algorithms(False)
+    old = torch.zeros(2**20, device=device)
+
+    def function():
+        first = torch.empty(2**18, device=device)  # 1 MB
+        second = torch.cat([first, first]).view(2, -1)  # 2 MB
+        del first
+        return second + old[:2].view(2, 1)  # 2 MB
+
+    assert benchmark.peak_memory(function, device) == 4 * 2**20

@@ -1,0 +1,485 @@
+"""Claims about the pixels: archives, splits, augmentation, canvases, corruptions, on real MNIST and Fashion-MNIST."""
+
+import functools
+import gzip
+import hashlib
+import math
+import pickle
+import shutil
+import tarfile
+import threading
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from data import DATASETS, Split, load_splits
+from records import UserError
+
+HERE = Path(__file__).parent
+CPU, META = torch.device("cpu"), torch.device("meta")
+CANVASES = 2855204916  # CRC-32 of the canvases of the first 1,200 test images
+torch.set_num_threads(1)  # tiny sizes gain nothing by more, and figures of other processes are compared to the last bit
+
+
+@functools.cache
+def original(name):
+    return load_splits(name, HERE / "data", CPU)
+
+
+def mnist():
+    return original("mnist")
+
+
+def cut(split, count):
+    return Split(*(part[:count] for part in split))
+
+
+def meta_split(dataset):
+    """Five images of a data set, on meta, where a tensor has a shape and no values."""
+    row = DATASETS[dataset]
+    side = row.get("object_size", row["image_size"])
+    return Split(torch.zeros(5, row["in_channels"], side, side, dtype=torch.uint8, device=META),
+                 torch.zeros(5, dtype=torch.long, device=META))
+
+
+def settings_of(dataset, **overrides):
+    """The settings that the pixels depend on."""
+    return DATASETS[dataset]["defaults"] | dict(dataset=dataset) | overrides
+
+
+# From archives to splits.
+
+def link_archives(folder):
+    """A data folder of its own with links to MNIST's archives and nothing extracted; returns where they lie."""
+    raw = folder / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for archive in (HERE / "data/MNIST/raw").glob("*.gz"):
+        (raw / archive.name).symlink_to(archive)
+    return raw
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network in tests")
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def refusal(name, folder):
+    """What load_splits refuses with: one line."""
+    with pytest.raises(UserError) as error:
+        data.load_splits(name, folder, CPU)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def sorted_images(images):
+    pixels = images.numpy().tobytes()
+    return sorted(pixels[i:i + 784] for i in range(0, len(pixels), 784))
+
+
+def test_archives_and_splits(tmp_path, no_network):
+    """Two commands started together extract the archives without a network, and draw the same splits of all images."""
+    raw, results = link_archives(tmp_path), []
+    threads = [threading.Thread(target=lambda: results.append(data.load_splits("mnist", tmp_path, CPU)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: len(split.labels) for name, split in mnist().items()} == {
+        "train": 55_000, "val": 5_000, "test": 10_000}
+    first, second = results
+    for splits, name in [(first, "train"), (second, "val"), (second, "test")]:
+        assert splits[name].images.dtype == torch.uint8 and splits[name].images.shape[1:] == (1, 28, 28)
+        assert torch.equal(splits[name].images, mnist()[name].images)
+        assert torch.equal(splits[name].labels, mnist()[name].labels)
+    with gzip.open(raw / "train-images-idx3-ubyte.gz") as file:
+        archive = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(60_000, 28, 28)
+    assert sorted_images(torch.cat([first["train"].images, first["val"].images])) == sorted_images(archive)
+    assert first["val"].labels.bincount().min() > 400  # all ten classes, not the archive's end
+    assert zlib.crc32(first["val"].labels.numpy()) == 982261507  # figures of one year compare with those of the next
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]  # no litter
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
+def test_normalization(name):
+    """Images are normalised by the mean and deviation of the training archive."""
+    counts = sum(original(name)[part].images.flatten().bincount(minlength=256) for part in ("train", "val"))
+    shares, levels = counts / counts.sum(), data.normalize(torch.arange(256.0).view(256, 1, 1, 1), name).flatten()
+    assert abs(levels @ shares) < 1e-3 and abs(levels.square() @ shares - 1) < 2e-3
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "foreign"])
+@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"])
+def test_damaged_data(tmp_path, no_network, damage, file):
+    """A file that is cut short, empty or foreign is named, and nothing of the user's is changed."""
+    mnist()  # so that the original is extracted
+    raw = link_archives(tmp_path)
+    if not file.endswith(".gz"):
+        for original in (HERE / "data/MNIST/raw").glob("*-ubyte"):
+            (raw / original.name).symlink_to(original)
+    content = (raw / file).read_bytes()
+    bad = {"cut short": content[:-1], "empty": b"", "foreign": bytes(len(content))}[damage]
+    (raw / file).unlink()
+    (raw / file).write_bytes(bad)
+    before = sorted(raw.iterdir())
+    assert str(raw / file) in refusal("mnist", tmp_path)
+    assert sorted(raw.iterdir()) == before and (raw / file).read_bytes() == bad
+
+
+def test_extraction_leaves_the_rest_alone(tmp_path, no_network):
+    """Extracting what is missing overwrites no file that is there, and names one that is not the original."""
+    raw = link_archives(tmp_path)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"mine")
+    assert str(raw / "t10k-labels-idx1-ubyte") in refusal("mnist", tmp_path)
+    assert (raw / "t10k-labels-idx1-ubyte").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("dataset, archive, folder", [
+    ("kmnist", "t10k-labels-idx1-ubyte.gz", "KMNIST/raw"), ("cifar10", "cifar-10-python.tar.gz", "")])
+def test_missing_data(tmp_path, no_network, dataset, archive, folder):
+    """Archives that are missing and cannot be downloaded are named, with the folder where they belong."""
+    error = refusal(dataset, tmp_path)
+    assert archive in error and str(tmp_path / folder) in error
+
+
+def test_cifar10(tmp_path, no_network, monkeypatch):
+    """CIFAR-10 is extracted and split, and a damaged part is named: random images in its layout, with torchvision's
+    checksums set to theirs."""
+    from torchvision.datasets import CIFAR10
+    sums, generator = {}, torch.Generator().manual_seed(0)
+    staging, folder = tmp_path / "cifar-10-batches-py", tmp_path / "data"
+    staging.mkdir()
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        content = {"label_names": list("0123456789")} if name == "batches.meta" else {
+            "data": torch.randint(256, (1_200, 3072), generator=generator, dtype=torch.uint8).numpy(),
+            "labels": torch.randint(10, (1_200,), generator=generator).tolist()}
+        staging.joinpath(name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5(staging.joinpath(name).read_bytes()).hexdigest()
+    with tarfile.open(folder / CIFAR10.filename, "w:gz", compresslevel=1) as archive:
+        archive.add(staging, "cifar-10-batches-py")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    splits = data.load_splits("cifar10", folder, CPU)
+    assert {name: tuple(split.images.shape) for name, split in splits.items()} == {
+        "train": (1_000, 3, 32, 32), "val": (5_000, 3, 32, 32), "test": (1_200, 3, 32, 32)}
+    first = torch.from_numpy(pickle.loads((staging / "test_batch").read_bytes())["data"][0]).view(3, 32, 32)
+    assert torch.equal(splits["test"].images[0], first)
+    with open(folder / "cifar-10-batches-py/data_batch_3", "r+b") as file:
+        file.truncate(100)
+    assert "data_batch_3" in refusal("cifar10", folder)
+    shutil.rmtree(folder / "cifar-10-batches-py")
+    with open(folder / CIFAR10.filename, "r+b") as file:
+        file.truncate(100)
+    assert CIFAR10.filename in refusal("cifar10", folder)
+
+
+# Augmentation.
+
+def augmentation(**strengths):
+    return dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False) | strengths
+
+
+def test_no_augmentation():
+    """Augmentation of strength zero, and draws of zero, change nothing."""
+    pixels, draws = mnist()["train"].images[:8].float(), 2 * torch.rand(8, 7) - 1
+    assert torch.equal(data.augment(pixels, draws, augmentation()), pixels)
+    still = data.augment(pixels, torch.zeros(8, 7), augmentation(rotation=12.0, scale=0.12, shear=0.12, shift=2.5))
+    torch.testing.assert_close(still, pixels, rtol=0, atol=1e-3)
+
+
+def test_each_strength():
+    """Rotation turns, shift moves, flip mirrors, scale widens and shear slants by as much as they say."""
+    pixels = mnist()["train"].images[:3].float()
+    extreme = {name: torch.zeros(3, 7) for name in ("rotation", "shift", "flip", "scale", "shear")}
+    extreme["rotation"][:, 0] = extreme["shift"][:, 4] = extreme["scale"][:, 1] = extreme["shear"][:, 3] = 1
+    extreme["flip"][:, 6] = torch.tensor([-0.5, 0.5, -0.1])
+
+    def augmented(name, strength):
+        return data.augment(pixels, extreme[name], augmentation(**{name: strength}))
+
+    torch.testing.assert_close(augmented("rotation", 90.0), pixels.rot90(1, (2, 3)), rtol=0, atol=1e-2)
+    torch.testing.assert_close(augmented("shift", 3.0)[..., :-3], pixels[..., 3:], rtol=0, atol=1e-2)
+    assert augmented("shift", 3.0)[..., -3:].abs().max() == 0
+    flipped = augmented("flip", True)
+    assert torch.equal(flipped[0], pixels[0].flip(2)) and torch.equal(flipped[1], pixels[1])
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    ramp = (4 * x + 60).expand(3, 1, 28, 28)  # where a pixel came from; bicubic is off by 0.05 of a pixel, 0.2
+    inside = (slice(None), slice(None), slice(6, 22), slice(6, 22))
+    wide = data.augment(ramp, extreme["scale"], augmentation(scale=0.12))
+    torch.testing.assert_close(wide[inside], (ramp + 0.12 * 4 * (x - 13.5))[inside], rtol=0, atol=0.2)
+    slanted = data.augment(ramp, extreme["shear"], augmentation(shear=0.12))
+    torch.testing.assert_close(slanted[inside], (ramp + 0.12 * 4 * (y - 13.5))[inside], rtol=0, atol=0.2)
+    tall = data.augment((4 * y + 60).expand(3, 1, 28, 28), extreme["scale"].roll(1, 1), augmentation(scale=0.12))
+    torch.testing.assert_close(tall[inside], (4 * y + 60 + 0.12 * 4 * (y - 13.5)).expand_as(tall)[inside], rtol=0,
+                               atol=0.2)
+    lowered = data.augment(pixels, extreme["shift"].roll(1, 1), augmentation(shift=3.0))
+    torch.testing.assert_close(lowered[:, :, :-3], pixels[:, :, 3:], rtol=0, atol=1e-2)
+
+
+def test_default_augmentation():
+    """The default augmentation is small, and each image has its own."""
+    pixels = mnist()["train"].images[:1].float().expand(64, -1, -1, -1)
+    draws = 2 * torch.rand(64, 7, generator=torch.Generator().manual_seed(0)) - 1
+    drawn = data.augment(pixels, draws, settings_of("mnist"))
+    assert len({image.numpy().tobytes() for image in drawn}) == 64
+    assert (drawn.sum((1, 2, 3)) / pixels.sum((1, 2, 3)) - 1).abs().max() < 0.35  # ink stays on the canvas
+
+
+def test_augmentation_keeps_images_sharp():
+    """After a shift by half a pixel the contrast of neighbours is 0.88 of what it was, where bilinear interpolation
+    leaves 0.79, and pixels stay in range."""
+    pixels, draws = mnist()["train"].images[:32].float(), torch.ones(32, 7)
+    shifted = data.augment(pixels, draws, augmentation(shift=0.5))
+    assert shifted.min() == 0 and shifted.max() == 255
+    before, after = (image.diff(dim=3).square().mean().sqrt() for image in (pixels, shifted))
+    assert after > 0.83 * before
+
+
+# Training batches.
+
+def test_epochs():
+    """Order and draws depend on seed and epoch alone, each epoch has every image once, and draws fill -1 to 1."""
+    split, settings = cut(mnist()["train"], 300), settings_of("mnist")
+    order, draws = data.draw_epoch([3, 4294967295], 2, split, settings)
+    assert order.shape == (2, 300) and draws.shape == (2, 300, 7)
+    assert order.sort().values.tolist() == [list(range(300))] * 2
+    torch.rand(5)  # the global generator plays no part
+    again_order, again_draws = data.draw_epoch([4294967295], 2, split, settings)
+    assert torch.equal(order[1], again_order[0]) and torch.equal(draws[1], again_draws[0])
+    for other_order, other_draws in [(order[0], draws[0]),
+                                     [part[0] for part in data.draw_epoch([4294967295], 1, split, settings)]]:
+        assert not torch.equal(order[1], other_order) and not torch.equal(draws[1], other_draws)
+    assert draws.min() >= -1 and draws.max() < 1 and abs(draws.mean()) < 0.05
+    assert draws.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.03)
+
+
+def test_batches():
+    """A batch has, for each seed, the images and labels that its index names, augmented by its draws and normalised."""
+    split, settings = cut(mnist()["train"], 300), settings_of("mnist", flip=True)
+    order, draws = data.draw_epoch([0, 1, 2], 1, split, settings)
+    images, labels = data.get_batch(split, order[:, :50], draws[:, :50], settings)
+    assert images.shape == (3, 50, 1, 28, 28) and labels.shape == (3, 50)
+    for seed, place in [(0, 0), (1, 7), (2, 49)]:
+        number = order[seed, place].item()
+        alone = data.augment(split.images[number:number + 1].float(), draws[seed, place:place + 1], settings)
+        torch.testing.assert_close(images[seed, place], (alone[0] / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-5)
+        assert labels[seed, place] == split.labels[number]
+
+
+def test_training_canvases():
+    """Canvases depend on seed and epoch alone, and are new in every epoch."""
+    settings, split = settings_of("clutteredmnist"), cut(mnist()["train"], 300)
+
+    def canvases(seeds, epoch, i=0):
+        order, draws = data.draw_epoch(seeds, epoch, split, settings)
+        pixels = data.training_pixels(split, order[i], draws[i], settings)
+        return pixels[order[i].argsort()]  # in the order of the split
+
+    first = canvases([0], 1)
+    assert first.shape == (300, 1, 60, 60)
+    assert torch.equal(first, canvases([0], 1)) and torch.equal(first, canvases([3, 0], 1, i=1))
+    for other in (canvases([0], 2), canvases([1], 1)):
+        assert all(not torch.equal(one, another) for one, another in zip(first, other))
+
+
+# Canvases.
+
+def coded_split():
+    """Six images of one value each, so that a canvas says what it was made of."""
+    values = 2 ** torch.arange(6)  # 1, 2, 4, 8, 16, 32
+    return Split(values.byte().view(6, 1, 1, 1).expand(-1, 1, 28, 28), torch.arange(6))
+
+
+def rectangle(mask):
+    """Row, column, height and width of what is True, which must be a whole rectangle."""
+    rows, columns = (mask.any(1 - axis).nonzero().flatten() for axis in (0, 1))
+    assert mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()
+    return [rows[0].item(), columns[0].item(), len(rows), len(columns)]
+
+
+def test_canvases():
+    """A canvas has the object whole, anywhere, and fragments of other images of the split, anywhere."""
+    split, index = coded_split(), torch.arange(6).repeat(100)
+    draws = 2 * torch.rand(600, 2 + 5 * 4, generator=torch.Generator().manual_seed(0)) - 1
+    objects, places, sources, spots = split.images[index].float(), set(), set(), set()
+    alone, one, four = (data.clutter(objects, index, draws[:, :width], split, "clutteredmnist")
+                        for width in (2, 7, 22))
+    assert alone.shape == (600, 1, 60, 60)
+    for number, canvas, more in zip(index.tolist(), alone[:, 0], (one - alone)[:, 0]):
+        assert canvas.unique().tolist() == [0, 2**number]
+        row, column, *size = rectangle(canvas > 0)
+        assert size == [28, 28]
+        places |= {("row", row), ("column", column)}
+        (value,) = set(more.unique().tolist()) - {0}
+        row, column, *size = rectangle(more > 0)
+        assert size == [8, 8] and value != 2**number  # never of the image itself
+        sources.add((2**number, value))
+        spots |= {("row", row), ("column", column)}
+    assert len(sources) == 6 * 5  # of every other image
+    assert places == {(axis, place) for axis in ("row", "column") for place in range(33)}
+    assert {0, 52} <= {spot for _, spot in spots} and max(spot for _, spot in spots) == 52
+    added = (four - alone).sum((1, 2, 3)) / 64  # of four values, each a power of 2 up to 32, not the image's own
+    assert ((added >= 4) & (added <= 4 * 32) & (added % 1 == 0)).all()
+    white = Split(torch.full((2, 1, 28, 28), 200, dtype=torch.uint8), torch.zeros(2))
+    full = data.clutter(white.images.float(), torch.arange(2), draws[:2], white, "clutteredmnist")
+    assert full.max() == 255  # where two lie one on the other
+
+
+def test_a_fragment_is_a_cut_of_its_image():
+    """A fragment is cut where its draws say from the image that they name, and pasted where they say."""
+    split, index = mnist()["val"], torch.arange(20)
+    draws = 2 * torch.rand(20, 7, generator=torch.Generator().manual_seed(1)) - 1
+    black = torch.zeros(20, 1, 60, 60)
+    for number, pasted, draw in zip(index.tolist(), data.add_fragments(black, index, draws[:, 2:], split, 8), draws):
+        other, *places = ((draw[2:] + 1) / 2 * torch.tensor([len(split.labels) - 1, 21, 21, 53, 53])).long().tolist()
+        top, left, new_top, new_left = places
+        image = split.images[(number + 1 + other) % len(split.labels), 0]
+        expected = torch.zeros(60, 60)
+        expected[new_top:new_top + 8, new_left:new_left + 8] = image[top:top + 8, left:left + 8]
+        assert torch.equal(pasted[0], expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33, 9_999, 54_999])
+def test_pick(count):
+    """Draws from -1 to 1 pick every number below count, and none beyond."""
+    ends = torch.tensor([-1.0, 2 * torch.tensor(1.0).nextafter(torch.tensor(0.0)).item() - 1, 1.0])
+    assert data.pick(ends, count).tolist() == [0, count - 1, count - 1]
+    middles = 2 * (torch.arange(count, dtype=torch.double) + 0.5) / count - 1
+    assert torch.equal(data.pick(middles, count), torch.arange(count))
+
+
+def test_evaluated_canvases():
+    """Evaluated canvases are the same at every call, and those with more distractors have the same ones and more."""
+    split = cut(mnist()["test"], 1_200)
+
+    def canvases(count):
+        firsts, pixels = zip(*data.evaluation_pixels(split, settings_of("clutteredmnist", distractors=count)))
+        assert firsts == (0, 1_000)
+        return torch.cat(pixels)
+
+    assert torch.equal(canvases(4), canvases(4))
+    by_count = [canvases(count) for count in (0, 4, 8, 16)]
+    for fewer, more in zip(by_count, by_count[1:]):
+        assert (more >= fewer).all() and (more.sum((1, 2, 3)) > fewer.sum((1, 2, 3))).float().mean() > 0.95
+    assert zlib.crc32(by_count[1].byte().numpy()) == CANVASES  # figures of one year compare with those of the next
+
+
+def test_evaluation_batches():
+    """Evaluation goes through all images of a split once, in order, normalised, and not augmented."""
+    split = cut(mnist()["test"], 2_300)
+    images, labels = zip(*data.evaluation_batches(split, settings_of("mnist")))
+    assert torch.equal(torch.cat(labels), split.labels)
+    torch.testing.assert_close(torch.cat(images), (split.images.float() / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist"])
+def test_normalization_of_canvases(name):
+    """Canvases are normalised by their own mean and deviation."""
+    split, name = original(name)["train"], f"cluttered{name}"
+    settings, index = settings_of(name), torch.arange(0, 55_000, 22)
+    draws = 2 * torch.rand(2_500, 29, generator=torch.Generator().manual_seed(0)) - 1
+    pixels = data.normalize(data.training_pixels(split, index, draws, settings), name)
+    assert abs(pixels.mean().item()) < 0.02 and abs(pixels.std().item() - 1) < 0.02
+
+
+# Corruptions.
+
+@pytest.mark.parametrize("name", data.CORRUPTIONS)
+def test_corruptions_grow(name):
+    """A corruption is the same at every call, of every image another one, and grows with severity from none at all."""
+    split = mnist()["test"]
+    pixels = split.images[:200].float()
+    assert torch.equal(data.corrupt(pixels, name, 0, 0, split), pixels)
+    before, distances = pixels.clone(), []
+    for severity in range(1, 6):
+        result = data.corrupt(pixels, name, severity, 0, split)
+        assert result.shape == pixels.shape and result.min() >= 0 and result.max() <= 255
+        torch.rand(3)  # the global generator plays no part
+        assert torch.equal(result, data.corrupt(pixels, name, severity, 0, split))
+        distances.append((result - pixels).abs().mean().item())
+    assert 0 < distances[0] and distances == sorted(distances)
+    assert torch.equal(pixels, before)
+    if name != "blur":  # which is the same for all
+        grey = torch.full((200, 1, 28, 28), 128.0)
+        assert not torch.equal(data.corrupt(grey, name, 3, 0, split), data.corrupt(grey, name, 3, 200, split))
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_corruptions_are_their_table(severity):
+    """Each corruption does what CORRUPTIONS says, by as much."""
+    split = coded_split()
+    amount = {name: amounts[severity - 1] for name, amounts in data.CORRUPTIONS.items()}
+
+    def on(level, name, channels=1):
+        return data.corrupt(torch.full((400, channels, 28, 28), float(level)), name, severity, 0, split)
+
+    noisy = on(128, "gaussian_noise") - 128
+    assert noisy.std().item() == pytest.approx(255 * amount["gaussian_noise"], rel=0.03) and abs(noisy.mean()) < 1
+    flipped = on(128, "impulse_noise", channels=3)
+    for level in (0, 255):
+        assert (flipped == level).float().mean().item() == pytest.approx(amount["impulse_noise"] / 2, rel=0.05)
+    assert set(flipped.unique().tolist()) == {0, 128, 255}
+    photons = on(51, "shot_noise") / 255 * amount["shot_noise"]  # of 0.2 of white
+    photons_seen = photons[photons < amount["shot_noise"]]  # the rest is cut off at white
+    assert (photons_seen - photons_seen.round()).abs().max() < 1e-4
+    rate = 0.2 * amount["shot_noise"]
+    assert (photons == 0).float().mean().item() == pytest.approx(math.exp(-rate), abs=0.01)
+    assert on(0, "shot_noise").max() == 0
+    side = amount["occlusion"]
+    hidden = on(255, "occlusion", channels=3)
+    assert set(hidden.unique().tolist()) == {0, 255} and torch.equal(hidden[:, 0], hidden[:, 2])
+    areas = (hidden[:, 0] == 0).sum((1, 2))
+    assert areas.min() >= side**2 and areas.max() == 4 * side**2  # squares may cover each other
+    assert (hidden[:, 0] == 0).any(0).float().mean() > 0.95  # and lie anywhere
+    distracted = on(0, "distractors")[:, 0]
+    side = amount["distractors"]
+    assert ((distracted > 0).sum((1, 2)) <= 4 * side**2).all()
+    assert (distracted > 0).any(0).float().mean() > 0.95
+    assert (distracted.sum((1, 2)) % side**2 == 0).all() and (distracted.sum((1, 2)) >= 4 * side**2).all()
+    point = torch.zeros(1, 3, 29, 29)
+    point[:, 1, 14, 14] = 255
+    spread = data.corrupt(point, "blur", severity, 0, split)
+    assert spread[:, [0, 2]].abs().max() == 0 and spread.sum().item() == pytest.approx(255, rel=0.02)
+    distance = torch.arange(29.0) - 14
+    variance = (spread[0, 1].sum(0) * distance**2).sum() / 255
+    assert variance.item() == pytest.approx(amount["blur"]**2, rel=0.15)
+    torch.testing.assert_close(on(77, "blur"), torch.full((400, 1, 28, 28), 77.0), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist", "cifar10"])
+def test_corruptions_on_any_device(monkeypatch, dataset):
+    """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))  # photons are counted there
+    for name in data.CORRUPTIONS:
+        ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
+        assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_has_the_pixels_of_the_cpu():
+    """Training batches, canvases and corruptions on CUDA have the pixels that they have on the CPU."""
+    split = cut(mnist()["test"], 1_100)
+    there = Split(*(part.cuda() for part in split))
+    settings = settings_of("clutteredmnist")
+    for (first, canvases), (_, expected) in zip(data.evaluation_pixels(there, settings),
+                                                data.evaluation_pixels(split, settings), strict=True):
+        assert canvases.is_cuda and torch.equal(canvases.cpu(), expected)
+        for name in data.CORRUPTIONS:
+            corrupted = data.corrupt(canvases, name, 3, first, there)
+            assert corrupted.is_cuda and not torch.equal(corrupted, canvases)
+            on_cpu = data.corrupt(expected, name, 3, first, split)
+            torch.testing.assert_close(corrupted.cpu(), on_cpu, rtol=0, atol=0.05)
+    for settings in (settings_of("mnist", flip=True), settings):
+        batches = [data.get_batch(part, *data.draw_epoch([0, 1], 1, part, settings), settings)
+                   for part in (there, split)]
+        assert batches[0][0].is_cuda and torch.equal(batches[0][1].cpu(), batches[1][1])
+        torch.testing.assert_close(batches[0][0].cpu(), batches[1][0], rtol=0, atol=2e-3)

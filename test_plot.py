@@ -1,0 +1,676 @@
+"""Claims about charts, tables and statistics, each against an independent computation from the records.
+
+    python -m pytest test_plot.py
+"""
+
+import csv
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy
+import pytest
+
+import plot
+import records
+import stats
+
+HERE = Path(__file__).parent
+REFERENCE = HERE / "runs/reference"
+PLAIN = dict(model="vit", dataset="mnist", seed=0, plugin=None, dim=32, depth=2, epochs=20, lr=0.006, distractors=0)
+
+
+# Made-up runs.
+
+def record(root, model="vit", seed=0, epochs=20, values=None, lambdas=(), accuracy=0.98, parameters=33_034, folder=None,
+           **settings):
+    """A finished run in a folder below root, written by hand as design.md has it, without checksums."""
+    settings = PLAIN | dict(model=model, seed=seed, epochs=epochs) | settings
+    folder = root / (folder or f"{settings['dataset']}-{model}-seed{seed}")
+    folder.mkdir(parents=True)
+    values = values or [0.5 + math.exp(-epoch) + 0.01 * seed for epoch in range(1, epochs + 1)]
+    (folder / "config.json").write_text(json.dumps(dict(settings=settings, facts=dict(device="cpu", compiled=False))))
+    with open(folder / "metrics.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "val_loss", "val_accuracy", *(f"lambda_{i}" for i in range(len(lambdas)))])
+        writer.writerows([epoch, value, 1 - value / 10, *lambdas] for epoch, value in enumerate(values, 1))
+    (folder / "summary.json").write_text(json.dumps(dict(
+        parameters=parameters, val_loss=values[-1], test_loss=values[-1] - 0.01, test_accuracy=accuracy)))
+    return folder
+
+
+def analyse(folder, accuracies, share, entropy=2.0, negative=0.0, weight=0.1, conditions=("clean", "gaussian_noise_3"),
+            blocks=2):
+    """Made-up analyses: accuracies {corruption: five}, figures of two heads in each block, and maps."""
+    records.write_csv(folder / "noise.csv", [
+        dict(corruption=name, severity=severity, test_loss=1.0, test_accuracy=accuracy)
+        for name, values in accuracies.items() for severity, accuracy in enumerate(values, 1)])
+    records.write_csv(folder / "attention.csv", [
+        {"condition": condition, "block": block, "head": head, "uniform_share": 0.4, "ink_share": 0.6,
+         "irrelevant_share": share + 0.1 * block + 0.02 * head + 0.05 * i, "entropy": entropy,
+         "negative_share": negative, "lambda": 0.2 + 0.3 * block, "signal_to_noise": 2.0 + head}
+        for i, condition in enumerate(conditions) for block in range(blocks) for head in range(2)])
+    maps = numpy.zeros((8, 2, 17, 17), dtype=numpy.float16)
+    maps[:, :, 0, 1:] = weight
+    maps[0, 0, 0, 6] = -3 * weight  # of the second row's second patch; the mean of the heads is -weight
+    records.write_arrays(folder / "attention.npz", dict(
+        images=numpy.full((8, 1, 28, 28), 9, numpy.uint8), map_0=numpy.ones_like(maps), map_1=maps))
+    return folder
+
+
+def retrain(source, folder, **settings):
+    """A copy of a reference run as somebody else's own: other facts, and the settings given."""
+    shutil.copytree(source, folder)
+    recorded, facts = records.read_config(folder)
+    records.write_json(folder / "config.json", dict(settings=recorded | settings, facts=facts | dict(
+        compiled=False, git_commit=None, torch="2.4.0", device_name="laptop", stack=[0])))
+    records.write_summary(folder, records.read_summary(folder) | {
+        name: value for name, value in settings.items() if name in ("model", "seed")})
+    return folder
+
+
+def lines_in(*folders):
+    """{data set: {label: line}} as the command would draw the folders."""
+    own, _ = plot.find_runs(*folders)
+    reference, _ = plot.find_runs(*plot.find_references(folders))
+    return {dataset: {line.label: line for line in lines} for dataset, lines in plot.arrange(own, reference).items()}
+
+
+def charts(*folders, dataset="mnist"):
+    return plot.make_charts(dataset, list(lines_in(*folders)[dataset].values()))
+
+
+def tables(*folders, dataset="mnist"):
+    return plot.make_tables(dataset, list(lines_in(*folders)[dataset].values()))
+
+
+def rows_of(table):
+    """The rows of the first table in a Markdown text, its heading first: lists of cells."""
+    rows = re.search(r"(?:^\|.*\n)+", table, re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("|---")]
+
+
+def cells_of(table):
+    """{first cell: {heading: cell}}."""
+    columns, *rows = rows_of(table)
+    return {row[0]: dict(zip(columns, row)) for row in rows}
+
+
+def drawn(axes):
+    """{label: line} of what has a label."""
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+# Which runs are drawn, and as which lines.
+
+def test_fresh_clone(tmp_path):
+    """Without a run of one's own the reference is drawn, in full, and it is right to the last digit."""
+    shutil.copytree(REFERENCE, tmp_path / "reference", ignore=shutil.ignore_patterns("*.pt"))
+    datasets = lines_in(tmp_path)
+    assert {dataset: list(lines) for dataset, lines in datasets.items()} == {
+        "clutteredmnist": ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"],
+        **dict.fromkeys(["fashionmnist", "mnist"], ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"])}
+    assert all(line.front for lines in datasets.values() for line in lines.values())
+    assert datasets.keys() == lines_in(REFERENCE).keys()
+    assert lines_in(REFERENCE)["mnist"]["vit"].label == "vit"
+
+    written = plot.make_tables("mnist", list(datasets["mnist"].values()))
+    rows = cells_of(written["table"])
+    for model, row in rows.items():
+        summaries = [json.loads((REFERENCE / f"mnist-{model}-seed{seed}/summary.json").read_text())
+                     for seed in range(5)]
+        for heading, name, number in [("validation loss", "val_loss", "{:.4f}"), ("test loss", "test_loss", "{:.4f}"),
+                                      ("test accuracy", "test_accuracy", "{:.2%}")]:
+            mean = statistics.fmean(summary[name] for summary in summaries)
+            assert row[heading].replace("*", "").split(" ± ")[0] == number.format(mean)
+    assert rows["vit"]["validation loss"].startswith("0.5253") and rows["vit"]["seeds"] == "5"
+    assert cells_of(written["paired-table"])["vitdiffpaper"]["test loss (95% interval)"].startswith("+0.0037 ")
+
+
+def test_fresh_clone_and_one_trained_run(tmp_path):
+    """One's own run joins its model by name in front of the reference, whatever compiled it, and a new model is compared
+    with the reference's `vit` seed by seed; other folders are not looked into."""
+    shutil.copytree(REFERENCE, tmp_path / "reference", ignore=shutil.ignore_patterns("*.pt", "fashion*"))
+    retrain(REFERENCE / "mnist-vit-seed3", tmp_path / "faults/activated/mnist-vit-seed0", seed=0)
+    retrain(REFERENCE / "mnist-vitdiff-seed1", tmp_path / "mnist-vitdiff-seed0", seed=0)
+    for seed in range(3):
+        retrain(REFERENCE / f"mnist-vitdiff-seed{seed}", tmp_path / f"mnist-vitcosine-seed{seed}", model="vitcosine",
+                plugin="my_attention.py 0123456789ab")
+    lines = lines_in(tmp_path)["mnist"]
+    assert {label: (line.front, len(line.runs)) for label, line in lines.items()} == {
+        "vitcosine": (True, 3), "vitdiff": (True, 1), "vit": (False, 5), "vitbalanced": (False, 5),
+        "vitdiff (reference)": (False, 5), "vitdiffpaper": (False, 5), "vitdiffv2": (False, 5)}
+    own, behind = lines["vitdiff"].style, lines["vitdiff (reference)"].style
+    assert (own["color"], own["marker"]) == (behind["color"], behind["marker"])
+    assert own["linewidth"] > behind["linewidth"] and own["alpha"] > behind["alpha"] and own["zorder"] > behind["zorder"]
+    assert all(line.front for line in lines_in(tmp_path)["clutteredmnist"].values())
+
+    figures = charts(tmp_path)
+    axes = figures["val-loss"].axes[0]
+    values = {model: numpy.mean([[row["val_loss"] for row in records.read_csv(
+        REFERENCE / f"mnist-{model}-seed{seed}/metrics.csv")] for seed in seeds], axis=0)
+        for model, seeds in [("vit", range(5)), ("vitdiff", [1])]}
+    assert drawn(axes)["vit (5 seeds)"].get_ydata() == pytest.approx(values["vit"])
+    assert drawn(axes)["vitdiff (1 seed)"].get_ydata() == pytest.approx(values["vitdiff"])
+    assert {text.get_text().rsplit(" ", 1)[0] for text in axes.texts} == {"vitcosine", "vitdiff", "vitdiff, published"}
+
+    row = cells_of(tables(tmp_path)["table"])["vitcosine"]
+    accuracies = {model: [json.loads((REFERENCE / f"mnist-{model}-seed{seed}/summary.json").read_text())["test_accuracy"]
+                          for seed in range(3)] for model in ("vit", "vitdiff")}
+    differences = [100 * (new - vit) for new, vit in zip(accuracies["vitdiff"], accuracies["vit"])]
+    half = 4.303 * statistics.stdev(differences) / math.sqrt(3)
+    mean = statistics.fmean(differences)
+    assert row["accuracy minus `vit`'s, points"] == f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    assert row["better in"] == f"{sum(difference > 0 for difference in differences)} of 3"
+
+
+def test_folders_named(tmp_path):
+    """Each folder named is drawn with its reference, none twice, and lines of other folders are told apart by them."""
+    for folder in ("a", "b", "a/reference"):
+        record(tmp_path / folder)
+    record(tmp_path / "a/reference", dataset="kmnist")
+
+    def labels(*names):
+        return {line.label: line.front for line in lines_in(*(tmp_path / name for name in names))["mnist"].values()}
+
+    assert labels("a") == {"vit": True, "vit (reference)": False}
+    assert labels("a/reference") == {"vit": True}
+    assert labels("a", "a/reference") == {"vit": True, "vit (reference)": True}
+    assert labels("a", "b") == {"vit (a)": True, "vit (b)": True, "vit (a/reference)": False}
+    assert lines_in(tmp_path / "a")["kmnist"]["vit"].front
+    assert lines_in(tmp_path) == {}
+
+
+def test_seeds_alone_share_a_line(tmp_path):
+    """Runs of other settings are other lines, named after what differs between lines of a model; facts split none, nor
+    does a setting that was left out instead of null."""
+    record(tmp_path, "vit", 0)
+    folder = record(tmp_path, "vit", 1)
+    config = json.loads((folder / "config.json").read_text())
+    del config["settings"]["plugin"]
+    (folder / "config.json").write_text(json.dumps(config | dict(facts=dict(compiled=True, stack=[1, 2]))))
+    record(tmp_path, "vitbalanced", dim=48)  # its own width goes without saying
+    record(tmp_path, "vitdiff", 0, lr=0.1)  # no vit has this rate
+    lines = lines_in(tmp_path)["mnist"]
+    assert {label: [run.settings["seed"] for run in line.runs] for label, line in lines.items()} == {
+        "vit": [0, 1], "vitbalanced": [0], "vitdiff, lr 0.1": [0]}
+    record(tmp_path, "vit", 0, epochs=3, folder="short")
+    record(tmp_path, "vitdiff", 0, lr=0.1, dim=48, folder="wide")
+    assert list(lines_in(tmp_path)["mnist"]) == [
+        "vit, epochs 20", "vit, epochs 3", "vitbalanced", "vitdiff, dim 32, lr 0.1", "vitdiff, dim 48, lr 0.1"]
+
+
+def test_same_settings_and_seed(tmp_path, capsys):
+    """Two runs of one folder with the same settings and seed are an error that names both."""
+    record(tmp_path, folder="first")
+    record(tmp_path, folder="second")
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "first") in line and str(tmp_path / "second") in line
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("models, rates", [(60, 1), (1, 60), (6, 10)])
+def test_no_two_lines_share_a_style(tmp_path, models, rates):
+    """However many lines a chart has, and a reference behind them, each has a style of its own."""
+    for root in (tmp_path, tmp_path / "reference"):
+        for model, rate in itertools.product(range(models), range(rates)):
+            record(root, f"model{model}", epochs=2, lr=0.001 * (rate + 1), folder=f"{model}-{rate}")
+    lines = lines_in(tmp_path)["mnist"].values()
+    assert len(lines) == 120
+    axes = plot.draw_curves("", "", "{:.3f}".format, lines, dict(val_loss="")).axes[0]
+    styles = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker(), line.get_linewidth(),
+               line.get_alpha()) for line in axes.get_lines()}
+    assert len(styles) == 120
+
+
+def test_colours_of_the_reference_stay(tmp_path):
+    """A model of the reference has the same style whatever stands in front of it."""
+    for model in ("vit", "vitdiff"):
+        record(tmp_path / "reference", model)
+    alone = lines_in(tmp_path)["mnist"]
+    record(tmp_path, "aardvark")
+    record(tmp_path, "vitcosine")
+    beside = lines_in(tmp_path)["mnist"]
+    assert all(alone[model].style["color"] == beside[model].style["color"] for model in ("vit", "vitdiff"))
+    assert len({line.style["color"] for line in beside.values()}) == 4
+
+
+# Curves.
+
+def test_mean_and_band(tmp_path):
+    """A drawn line is the mean of the records, its band one standard deviation, and its end is labelled."""
+    record(tmp_path, "vit", 0, epochs=3, values=[0.9, 0.7, 0.6])
+    record(tmp_path, "vit", 1, epochs=3, values=[0.8, 0.7, 0.5])
+    record(tmp_path, "vitdiff", 0, epochs=3, values=[0.7, 0.6, 0.55], lambdas=[0.2, 0.35], parameters=37_290)
+    figures = charts(tmp_path)
+    lines = drawn(figures["val-loss"].axes[0])
+    assert lines["vit (2 seeds)"].get_xdata().tolist() == [1, 2, 3]
+    assert lines["vit (2 seeds)"].get_ydata() == pytest.approx([0.85, 0.7, 0.55])
+    assert lines["vitdiff (1 seed)"].get_ydata() == pytest.approx([0.7, 0.6, 0.55])
+    (band,) = figures["val-loss"].axes[0].collections
+    deviation = 0.1 / math.sqrt(2)  # of two values 0.1 apart, by n - 1
+    assert {round(y, 6) for y in band.get_paths()[0].vertices[:, 1]} >= {
+        round(0.85 - deviation, 6), round(0.85 + deviation, 6), round(0.55 + deviation, 6), 0.7}
+    ends = {text.get_text(): text.xy for text in figures["val-loss"].axes[0].texts}
+    assert ends == {"vit 0.550": (3, pytest.approx(0.55)), "vitdiff 0.550": (3, 0.55),
+                    "vit, published 0.638": (3, 0.638), "vitdiff, published 0.624": (3, 0.624)}
+    assert drawn(figures["val-accuracy"].axes[0])["vit (2 seeds)"].get_ydata() == pytest.approx([0.915, 0.93, 0.945])
+    panels = figures["lambda"].axes
+    assert [drawn(axes)["vitdiff (1 seed)"].get_ydata()[-1] for axes in panels] == [0.2, 0.35]
+    assert all("vit (2 seeds)" not in drawn(axes) for axes in panels)
+
+
+def test_published_figures(tmp_path):
+    """They are marked where model, data set and number of parameters are those published, and nowhere else."""
+    record(tmp_path, "vitbalanced", dataset="fashionmnist", epochs=30, parameters=54_858)
+    record(tmp_path, "vitdiff", dataset="fashionmnist", epochs=30, parameters=33_226)
+    record(tmp_path, "vit", dataset="kmnist")
+    axes = charts(tmp_path, dataset="fashionmnist")["val-loss"].axes[0]
+    assert [line.get_xydata().tolist() for line in axes.get_lines() if line.get_linestyle() == "None"] == [[[30, 0.792]]]
+    rows = cells_of(tables(tmp_path, dataset="fashionmnist")["table"])
+    assert {label: row["published"] for label, row in rows.items()} == {
+        "vitbalanced": "0.792, 0.798, 86.79%", "vitdiff": ""}
+    axes = charts(tmp_path, dataset="kmnist")["val-loss"].axes[0]
+    assert all(line.get_linestyle() != "None" for line in axes.get_lines())
+    assert "published" not in cells_of(tables(tmp_path, dataset="kmnist")["table"])["vit"]
+
+
+@pytest.mark.parametrize("count", [5, 25])
+def test_labels_do_not_overlap(tmp_path, count):
+    """Labels of lines that end within a hair's breadth stand apart, inside the figure, clear of title and legend."""
+    for i in range(count):
+        record(tmp_path, f"vitofalongername{i}", values=[0.9 - 0.018 * epoch + 0.0001 * i for epoch in range(20)])
+    figures = charts(tmp_path)
+    for figure in (figures["val-loss"], figures["val-accuracy"]):
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        boxes = sorted((super(type(text), text).get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+        assert len(boxes) >= count
+        assert all(lower.y1 <= upper.y0 for lower, upper in zip(boxes, boxes[1:]))
+        assert all(box.x1 <= figure.bbox.width for box in boxes)
+        frame, key = axes.get_tightbbox(), legend.get_window_extent()
+        assert 0 <= key.y0 and key.y1 <= axes.xaxis.get_tightbbox().y0 and 0 <= key.x0 and key.x1 <= figure.bbox.width
+        assert figure._suptitle.get_window_extent().y0 >= axes.bbox.y1 and frame.x0 >= 0
+
+
+def test_spread():
+    """Heights are moved apart, and no further than they must be."""
+    assert plot.spread([3.0, 0.0, 10.0], 1.0, 0.0, 10.0) == [3.0, 0.0, 10.0]
+    assert plot.spread([1.0, 1.0], 1.0, 0.0, 10.0) == [0.5, 1.5]
+    assert plot.spread([0.0, 5.0, 5.5, 5.2], 1.0, 0.0, 10.0) == pytest.approx([0.0, 4.2333, 6.2333, 5.2333], abs=1e-3)
+    assert plot.spread([0.1, 0.2, 9.9], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.9]
+    assert plot.spread([9.9, 9.8, 4.0], 1.0, 0.0, 10.0) == [10.0, 9.0, 4.0]
+
+
+def test_parameters(tmp_path):
+    """The chart of parameters shows accuracies, their intervals, and what is published, beside and left out."""
+    for seed, accuracy in enumerate([0.98, 0.99]):
+        record(tmp_path, "vit", seed, accuracy=accuracy)
+    record(tmp_path, "vitdiffv2", 0, accuracy=0.97)
+    both, alone = charts(tmp_path)["parameters"].axes
+    for axes in (both, alone):
+        vit, vitdiffv2 = axes.containers
+        assert vit.lines[0].get_ydata() == pytest.approx([0.985])
+        (interval,) = vit.lines[2][0].get_segments()
+        assert interval[1][1] - interval[0][1] == pytest.approx(2 * 12.706 * 0.005, rel=1e-4)
+        assert vitdiffv2.lines[0].get_ydata() == [0.97] and vitdiffv2.lines[2] == ()
+    assert [line.get_xydata().tolist() for line in both.get_lines() if line.get_markerfacecolor() == "none"] == [
+        [[33_802, 0.9551]]]
+    assert all(line.get_markerfacecolor() != "none" for line in alone.get_lines())
+
+
+# Tables and statistics.
+
+def test_result_table(tmp_path):
+    """The table has means, 95% intervals, none for one seed, and the best of a column bold."""
+    for seed, loss in enumerate([0.50, 0.52, 0.54]):
+        record(tmp_path, "vit", seed, epochs=1, values=[loss], accuracy=[0.980, 0.981, 0.982][seed])
+    record(tmp_path, "vitdiff", 0, epochs=1, values=[0.51], parameters=37_290)
+    table = tables(tmp_path)["table"]
+    half = f"{4.303 * 0.02 / math.sqrt(3):.4f}"  # Student's t with 2 degrees of freedom; the deviation of the losses
+    assert cells_of(table) == {
+        "vit": {"model": "vit", "parameters": "33,034", "seeds": "3", "validation loss": f"0.5200 ± {half}",
+                "test loss": f"0.5100 ± {half}", "test accuracy": "**98.10%** ± 0.25%",
+                "published": "0.638, 0.626, 95.51%"},
+        "vitdiff": {"model": "vitdiff", "parameters": "37,290", "seeds": "1", "validation loss": "**0.5100**",
+                    "test loss": "**0.5000**", "test accuracy": "98.00%", "published": "0.624, 0.618, 95.75%"}}
+    assert list(tables(tmp_path)) == ["table"]  # of a single pair nothing more can be said
+
+
+def test_t_quantiles():
+    """They are those of the tables, and agree with a numerical integral of the density."""
+    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 120: 1.9799}
+    assert {freedom: round(stats.t_quantile(freedom), 4) for freedom in known} == known
+    for freedom, t in itertools.product([1, 2, 5, 8], [0.3, 1.7, 4.0]):
+        x = numpy.linspace(-t, t, 200_001)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        assert stats.t_coverage(t, freedom) == pytest.approx(
+            numpy.trapezoid(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2), x), abs=1e-8)
+    assert stats.half_interval([1.0]) is None and stats.half_interval([1.0, math.nan]) is None
+
+
+def test_interval_coverage():
+    """Of samples of 3 and 5 normal values 95% of the intervals hold the mean."""
+    for size in (3, 5):
+        samples = numpy.random.default_rng(size).normal(size=(10_000, size))
+        halves = stats.t_quantile(size - 1) * samples.std(1, ddof=1) / math.sqrt(size)
+        assert stats.half_interval(samples[0].tolist()) == pytest.approx(halves[0])
+        assert numpy.mean(abs(samples.mean(1)) < halves) == pytest.approx(0.95, abs=0.007)
+
+
+def test_sign_flip_p():
+    """p is the share of all choices of signs whose sum is as far from 0; of more than 20, of a million drawn."""
+    # Of 1, 2, 4 only their own signs, and all of the others, reach a sum of 7: 2 of 8.
+    assert stats.sign_flip_p([1.0, 2.0, 4.0]) == stats.sign_flip_p([-1.0, -2.0, -4.0]) == 2 / 8
+    # Of 1, 2, -4 sums are 1, 3, 5, 7 and their opposites; |-1| is reached by all 8. Of 3, -1, 3 they are 1, 1, 5, 7.
+    assert stats.sign_flip_p([1.0, 2.0, -4.0]) == 1.0
+    assert stats.sign_flip_p([3.0, -1.0, 3.0]) == 4 / 8
+    assert stats.sign_flip_p([0.0, 0.0]) == 1.0
+    assert stats.sign_flip_p([0.1] * 5) == 2 / 32  # rounding does not keep a sum from reaching itself
+    assert 0 < stats.sign_flip_p([0.1] * 24) < 1e-4
+    values = numpy.random.default_rng(0).normal(0.2, 1, 8).tolist()
+    sums = [abs(sum(sign * value for sign, value in zip(signs, values)))
+            for signs in itertools.product([-1, 1], repeat=8)]
+    assert stats.sign_flip_p(values) == statistics.fmean(found >= abs(sum(values)) - 1e-12 for found in sums)
+
+
+def test_holm():
+    """The smallest p is multiplied by the number of tests, the next by one less, and none is less than one before."""
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([0.2]) == [0.2] and stats.holm([]) == []
+
+
+def test_comparison_with_vit(tmp_path):
+    """A model is compared with `vit` of the same seed and recipe, whatever its size, and p is corrected by Holm."""
+    for seed, (vit, diff) in enumerate([(0.980, 0.981), (0.970, 0.973), (0.960, 0.964)]):
+        record(tmp_path, "vit", seed, accuracy=vit)
+        record(tmp_path, "vitdiff", seed, accuracy=diff)
+        record(tmp_path, "vitwide", seed, accuracy=vit, dim=48)
+        record(tmp_path, "vitshort", seed, epochs=3)  # there is no vit of 3 epochs
+    record(tmp_path, "vitdiff", 3, accuracy=0.1)  # has no partner
+    record(tmp_path, "vitbalanced", 0)  # nor has a single pair an interval
+    _, *rows = rows_of(tables(tmp_path)["paired-table"])
+    rows = {label: cells for label, *cells in rows}
+    assert set(rows) == {"vitdiff", "vitwide"}
+    differences = [0.1, 0.3, 0.4]
+    half = 4.3027 * statistics.stdev(differences) / math.sqrt(3)
+    mean = statistics.fmean(differences)
+    assert rows["vitdiff"][:4] == [
+        f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", "3 of 3", "0.25", "0.5"]
+    assert rows["vitwide"][:4] == ["+0.00 (+0.00 to +0.00)", "0 of 3", "1", "1"]
+    table = cells_of(tables(tmp_path)["table"])
+    assert {label for label, row in table.items() if row["better in"]} == {"vitdiff", "vitwide"}
+    assert table["vitdiff"]["p (Holm)"] == "0.5"
+
+
+def test_nearest_baseline(tmp_path):
+    """`vit` of one's own folder serves before the reference's, seed by seed, and of two that of one's own size."""
+    for seed in range(3):
+        record(tmp_path / "reference", "vit", seed)
+        record(tmp_path, "vitcosine", seed)
+        record(tmp_path, "vitcosine", seed, dim=48, folder=f"wide{seed}")
+    for seed in (0, 1):
+        record(tmp_path, "vit", seed)
+        record(tmp_path, "vit", seed, dim=48, folder=f"vitwide{seed}")
+    lines = lines_in(tmp_path)["mnist"]
+    for label, names in [("vitcosine, dim 32", ["mnist-vit-seed0", "mnist-vit-seed1"]),
+                         ("vitcosine, dim 48", ["vitwide0", "vitwide1"])]:
+        pairs = stats.pair_with_baseline(lines[label], list(lines.values()))
+        assert [other.folder for _, other in pairs] == [
+            *(tmp_path / name for name in names), tmp_path / "reference/mnist-vit-seed2"]
+
+
+# Analyses.
+
+def record_analyses(root):
+    """Two seeds of `vit` and one of `vitdiff` with made-up analyses, and a run without."""
+    for seed in range(2):
+        analyse(record(root, "vit", seed, accuracy=0.98 + 0.001 * seed),
+                dict(blur=[0.9, 0.8, 0.7, 0.6, 0.5 - 0.1 * seed], shot_noise=[0.6] * 5), share=0.2 + 0.02 * seed)
+    analyse(record(root, "vitdiff", 0), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.1,
+            negative=0.25, weight=0.2)
+    record(root, "vitdiffv2", 0)
+
+
+def test_charts_of_an_analysis(tmp_path):
+    """They show the figures of noise.csv, attention.csv and attention.npz, with intervals where there are seeds."""
+    record_analyses(tmp_path)
+    figures = charts(tmp_path)
+    panels = {axes.get_title(): axes for axes in figures["noise"].axes}
+    assert set(panels) == {"blur", "shot noise"}
+    lines = drawn(panels["blur"])
+    assert lines["vit (2 seeds)"].get_ydata() == pytest.approx([0.9805, 0.9, 0.8, 0.7, 0.6, 0.45])  # 0: clean
+    assert lines["vitdiff (1 seed)"].get_ydata() == pytest.approx([0.98, 0.9, 0.9, 0.8, 0.8, 0.6])
+    (band,) = panels["blur"].collections
+    heights = {round(y, 6) for y in band.get_paths()[0].vertices[:, 1]}
+    assert {round(0.45 - 0.1 / math.sqrt(2), 6), round(0.45 + 0.1 / math.sqrt(2), 6)} <= heights
+
+    for block, axes in enumerate(figures["relevance"].axes):
+        assert axes.get_title() == f"block {block}"
+        vit, vitdiff = axes.containers
+        assert vit.lines[0].get_ydata() == pytest.approx([0.22 + 0.1 * block, 0.27 + 0.1 * block])
+        assert vitdiff.lines[0].get_ydata() == pytest.approx([0.11 + 0.1 * block, 0.16 + 0.1 * block])
+        ends = vit.lines[2][0].get_segments()[0][:, 1]
+        assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * 0.01, rel=1e-4)  # Student's t, 1 degree
+        assert vitdiff.lines[2] == ()  # of one seed there is none
+        assert {tuple(line.get_ydata()) for line in axes.get_lines() if line.get_linestyle() == "--"} >= {(0.4, 0.4)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "gaussian noise\nseverity 3"]
+
+    shown = [image for axes in figures["maps"].axes for image in axes.images if image.get_cmap().name == "RdBu_r"]
+    assert len(shown) == 16
+    for image, weight in zip(shown, [0.1] * 8 + [0.2] * 8):
+        assert image.get_clim() == pytest.approx((-weight, weight), rel=1e-3)  # white is zero, one scale a row
+        assert image.get_array()[0, 0] == pytest.approx(weight, rel=1e-3)
+    assert [image.get_array()[1, 1] for image in shown[::8]] == pytest.approx([-0.1, -0.2], rel=1e-3)
+
+    panels = figures["blocks"].axes
+    assert [axes.get_ylabel() for axes in panels[::2]] == ["entropy (nats)", "negative weight", "lambda"]
+    assert [found.lines[0].get_ydata().tolist() for found in panels[2].containers] == [[0, 0], [0.25, 0.25]]
+    assert [axes.containers[0].lines[0].get_ydata().tolist() for axes in panels[4:]] == [[0.2, 0.2], [0.5, 0.5]]
+
+
+def test_tables_of_an_analysis(tmp_path):
+    """They have means with intervals and ratios to `vit` of the same seeds, and the seed-paired difference."""
+    record_analyses(tmp_path)
+    written = tables(tmp_path)
+    rows = cells_of(written["noise-table"])
+    half = 12.706 * 0.01 / math.sqrt(2) / math.sqrt(2)  # of the mean errors 0.35 and 0.36
+    assert list(rows["vit"].values()) == ["vit", "2", "31.0% (1.00)", "40.0% (1.00)", f"35.5% ± {half:.1%} (1.00)"]
+    assert list(rows["vitdiff"].values()) == [  # vit of seed 0 has errors of 30%, 40%, 35%
+        "vitdiff", "1", f"20.0% ({2 / 3:.2f})", "60.0% (1.50)", f"40.0% ({0.4 / 0.35:.2f})"]
+    assert "vitdiffv2" not in rows and "p (Holm)" not in written["noise-table"]
+    rows = cells_of(written["attention-table"])
+    assert list(rows["vit"].values())[1:] == ["2", "32.0% ± 12.7% (2.50)", "37.0% ± 12.7% (2.50)"]
+    assert list(rows["uniform attention"].values())[2:] == ["40.0% (1.00)"] * 2
+
+    analyse(record(tmp_path, "vitdiff", 1), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.16)
+    written = tables(tmp_path)
+    for name, differences in [("noise-table", [5.0, 4.0]), ("attention-table", [-10.0, -6.0])]:
+        row = list(cells_of(written[name].split("## ")[2])["vitdiff"].values())
+        half = 12.7062 * statistics.stdev(differences) / math.sqrt(2)
+        mean = statistics.fmean(differences)
+        assert row == ["vitdiff", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
+                       "0 of 2" if mean > 0 else "2 of 2", "0.5", "0.5"]
+
+
+def test_unlike_analyses(tmp_path):
+    """Runs of other depths, conditions and corruptions are drawn side by side, and a cell without a figure is empty."""
+    record_analyses(tmp_path)
+    analyse(record(tmp_path, "vit", 0, depth=3, distractors=6, folder="other"), dict(blur=[0.9] * 4), share=0.5,
+            conditions=("6_distractors", "gaussian_noise_3"), blocks=3)
+    figures = charts(tmp_path)
+    assert [axes.get_title() for axes in figures["relevance"].axes] == ["block 0", "block 1", "block 2"]
+    assert [axes.get_title() for axes in figures["noise"].axes] == ["blur"]
+    assert len(drawn(figures["noise"].axes[0])["vitdiff (1 seed)"].get_ydata()) == 5  # severity 5 is not of all
+    rows = cells_of(tables(tmp_path)["attention-table"])
+    assert list(rows["vit, depth 3, distractors 6"].values())[1:] == ["1", "", "76.0% (2.50)", "71.0% (2.50)"]
+    assert list(rows["vitdiff"].values())[2:] == ["21.0% (2.50)", "26.0% (2.50)", ""]
+
+
+def test_no_shared_corruption(tmp_path):
+    """Where no corruption was met by all runs there is no chart of noise, and all else is drawn."""
+    for model, name in [("vit", "blur"), ("vitdiff", "occlusion")]:
+        analyse(record(tmp_path, model), {name: [0.9] * 5}, share=0.5)
+    assert set(charts(tmp_path)) == {"val-loss", "val-accuracy", "parameters", "relevance", "blocks", "maps"}
+    assert set(tables(tmp_path)) == {"table", "attention-table"}
+
+
+# Damage.
+
+def figures_of(run):
+    """All that is drawn or written of a run."""
+    images, maps = run.maps
+    return (run.settings, run.metrics, {name: run.summary[name] for name in records.SUMMARY_FIGURES}, run.noise,
+            run.attention, images.tobytes(), maps.tolist())
+
+
+def damaged(chance, path, content):
+    """The bytes of a file after some damage; None: the file is lost. content: {path: bytes} of all files."""
+    data = content[path]
+    place, length = chance.randrange(len(data)), chance.randrange(1, 20)
+    lines = data.splitlines(keepends=True)
+    numbers = list(re.finditer(rb"\d[\d.]*", data))
+    number = chance.choice(numbers)
+    kinds = dict(
+        flipped=data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1:],
+        cut=data[:place] + data[place + length:], inserted=data[:place] + chance.randbytes(length) + data[place:],
+        line_lost=b"".join(lines[:(i := chance.randrange(len(lines)))] + lines[i + 1:]),
+        no_number=data[:number.start()] + chance.choice([b"nan", b"null", b"[]", b"1e999"]) + data[number.end():],
+        empty=b"", lost=None,
+        exchanged=content[chance.choice([other for other in content if other.name == path.name and other != path])])
+    return chance.choice(list(kinds.values()))
+
+
+def test_damage(tmp_path):
+    """A damaged run is either named and left out, or it was read right: no other figure without a word, no traceback."""
+    for name in ("mnist-vit-seed0", "mnist-vit-seed1", "mnist-vitdiff-seed0", "clutteredmnist-vitdiffv2-seed1"):
+        shutil.copytree(REFERENCE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pt", "args.txt"))
+    content = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    right = {run.folder: figures_of(run) for run in plot.find_runs(tmp_path)[0]}
+    chance, named = random.Random(16), 0
+    for i in range(400):
+        path = chance.choice(list(content))
+        data = damaged(chance, path, content)
+        path.unlink() if data is None else path.write_bytes(data)
+        runs, skipped = plot.find_runs(tmp_path)
+        read = {run.folder: figures_of(run) for run in runs}
+        assert read == {folder: figures for folder, figures in right.items() if folder in read}
+        if path.parent not in read:
+            (line,) = skipped
+            assert str(path.parent) in line
+            assert path.name in line or path.name == "summary.json" and data is None  # then it is not finished
+            named += 1
+        assert set(right) - set(read) <= {path.parent}
+        if i % 100 == 0:
+            for dataset, lines in plot.arrange(runs).items():
+                assert plot.make_tables(dataset, lines) and plot.make_charts(dataset, lines)
+        path.write_bytes(content[path])
+    assert named > 300
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", '{"settings": {"model": "../vit", "dataset": "mnist", "seed": 0, "epochs": 20}, "facts": {}}'),
+    ("config.json", '{"settings": {"model": "vit", "dataset": "mnist", "seed": 0, "epochs": 2000000000}, "facts": {}}'),
+    ("summary.json", '{"parameters": 0, "val_loss": 0.5, "test_loss": 0.5, "test_accuracy": 0.98}'),
+    ("summary.json", '{"parameters": 33034, "val_loss": NaN, "test_loss": 0.5, "test_accuracy": 0.98}'),
+    ("metrics.csv", "epoch,val_loss,val_accuracy\n"), ("metrics.csv", "epoch,val_loss\n1,0.5\n"),
+    ("metrics.csv", "epoch,val_loss,val_accuracy\n" + "".join(f"{i},1e300,0.5\n" for i in range(1, 21))),
+    ("noise.csv", ""), ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"),
+    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"), ("noise.csv", b"\xff\x00"),
+    ("attention.csv", ""), ("attention.csv", "condition,block,head\nclean,0,0\n"),
+    ("attention.npz", b""), ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive")])
+def test_damage_without_checksums(tmp_path, name, content):
+    """Of a run made by hand, which has no checksums, a file of another structure is named, and the run left out."""
+    record_analyses(tmp_path)
+    path = tmp_path / "mnist-vit-seed1" / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    runs, skipped = plot.find_runs(tmp_path)
+    assert len(runs) == 3
+    (line,) = skipped
+    assert str(path.parent) in line and (name in line or "epochs" in content)  # metrics.csv has not as many
+
+
+@pytest.mark.parametrize("shape, images", [((8, 2, 18, 18), (8, 1, 28, 28)), ((7, 2, 17, 17), (8, 1, 28, 28)),
+                                           ((8, 2, 17, 17), (8, 2, 28, 28)), ((8, 2, 17), (8, 1, 28, 28))])
+def test_maps_of_another_shape(tmp_path, shape, images):
+    """Maps that are not of as many images, or not of square images, are damage."""
+    record_analyses(tmp_path)
+    records.write_arrays(tmp_path / "mnist-vit-seed1/attention.npz", dict(
+        images=numpy.zeros(images, numpy.uint8), map_0=numpy.ones(shape, numpy.float16)))
+    _, (line,) = plot.find_runs(tmp_path)
+    assert "attention.npz" in line
+
+
+# The command.
+
+def test_command(tmp_path):
+    """It names what it skips, needs neither torch nor data, and writes valid files."""
+    record_analyses(tmp_path)
+    record(tmp_path / "trial/deeper")
+    record(tmp_path / "reference", "vitbalanced")
+    (record(tmp_path, "unfinished") / "summary.json").unlink()
+    (record(tmp_path, "cut") / "metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
+    (tmp_path / "holiday").mkdir()
+    code = ("import sys\nsys.modules.update(torch=None, torchvision=None, train=None, vit=None)\n"
+            "import plot\nsys.exit(plot.main(sys.argv[1:]))")
+    process = subprocess.run([sys.executable, "-c", code, tmp_path, "--out", tmp_path / "out/new", "--format", "svg"],
+                             cwd=HERE, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    skipped = process.stderr.splitlines()
+    assert len(skipped) == 3 and all(line.startswith("skipped ") for line in skipped)
+    for name in ("mnist-unfinished-seed0", "mnist-cut-seed0/metrics.csv", "holiday"):
+        assert sum(str(tmp_path / name) in line for line in skipped) == 1
+    assert {path.name for path in (tmp_path / "out/new").iterdir()} == {
+        *(f"mnist-{name}.svg" for name in ("val-loss", "val-accuracy", "parameters", "noise", "relevance", "blocks",
+                                           "maps")),
+        *(f"mnist-{name}.md" for name in ("table", "noise-table", "attention-table"))}
+    xml.etree.ElementTree.parse(tmp_path / "out/new/mnist-val-loss.svg")
+    assert (tmp_path / "out/new/mnist-table.md").read_text() in process.stdout
+    assert set(cells_of((tmp_path / "out/new/mnist-table.md").read_text())) == {
+        "vit", "vitbalanced", "vitdiff", "vitdiffv2"}
+
+
+@pytest.mark.parametrize("reference, rows", [([], {"vit", "vitdiff"}), (["--no-reference"], {"vitdiff"})])
+def test_no_reference(tmp_path, reference, rows):
+    """Charts are written into the first folder, with the reference unless it is refused."""
+    record(tmp_path / "reference", "vit")
+    record(tmp_path, "vitdiff")
+    assert plot.main([str(tmp_path), *reference]) == 0
+    assert set(cells_of((tmp_path / "mnist-table.md").read_text())) == rows
+    assert (tmp_path / "mnist-val-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [["empty"], ["nowhere"], ["file"], ["runs", "--out", "file"], ["runs", "--out", "dir"],
+                                   ["runs", "--format", "gif"]])
+def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags):
+    """What the user can put right is said in one line, and the exit status is 2."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("file").touch()
+    Path("dir/mnist-table.md").mkdir(parents=True)
+    record(Path("runs"))
+    try:
+        status = plot.main(flags)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plot.py: error: ")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    """An exception that is nobody's damage and not the user's comes through."""
+    record(tmp_path)
+    monkeypatch.setattr(plot, "make_tables", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plot.main([str(tmp_path)])

@@ -1,0 +1,1319 @@
+"""Claims about training: the loop, its records, and the command as a user types it.
+
+Most runs here have models of a few parameters, and the first 2,001 images of each split of MNIST.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import analysis
+import data
+import records
+import train
+import vit
+from data import DATASETS, Split
+from test_data import CPU, HERE, META, cut, meta_split, mnist, original
+from vit import MODELS, SelfAttention, build_model
+
+TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
+        "--batch-size", "500", "--device", "cpu", "--no-analysis"]
+STEPS = 5  # of an epoch; its last batch is a single image
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+# A plugin that does to another process what the fixture `small` does to this one, and on demand kills it.
+SMALL = """
+import itertools
+import os
+import signal
+
+import data
+
+load_splits, draw_epoch, get_batch = data.load_splits, data.draw_epoch, data.get_batch
+
+
+def load_less(*arguments):
+    return {name: data.Split(*(part[:2_001] for part in split)) for name, split in load_splits(*arguments).items()}
+
+
+def count_batches(seeds, epoch, *arguments):
+    global here
+    here = (f"rank {os.environ.get('RANK', 0)} epoch {epoch} batch {batch}" for batch in itertools.count(1))
+    return draw_epoch(seeds, epoch, *arguments)
+
+
+def get_or_die(*arguments):
+    if next(here) == os.environ.get("KILLED"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return get_batch(*arguments)
+
+
+data.load_splits, data.draw_epoch, data.get_batch = load_less, count_batches, get_or_die
+"""
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The first images of each split, and no look at what else this machine does."""
+    def load_splits(name, data_dir, device):
+        return {part: Split(*(tensor.to(device) for tensor in cut(split, 2_001)))
+                for part, split in original(name.removeprefix("cluttered")).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_splits", load_splits)
+        patch.setattr(train, "warn_if_busy", lambda device: None)
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("small")
+
+
+def command(*flags, main=train.main):
+    """The exit status of a command, run in this process."""
+    try:
+        return main([str(flag) for flag in flags])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def launch(*command, **environment):
+    """A command as a process of its own, on one thread, as here."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+
+
+def assert_one_line(capsys, *words):
+    """What went to stderr is a single line that has all these words."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error, error
+    for word in words:
+        assert str(word) in error, error
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def untimed(folder):
+    """metrics.csv without its timing columns, as text."""
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")}
+            for row in table(folder / "metrics.csv")]
+
+
+def column(folder, name):
+    return torch.tensor([float(row[name]) for row in table(folder / "metrics.csv")], dtype=torch.double)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def assert_same_run(folder, expected):
+    """The same record but for times, and the same best weights."""
+    assert untimed(folder) == untimed(expected)
+    summaries = [read_json(run / "summary.json") for run in (folder, expected)]
+    for name in ("seed", *records.SUMMARY_FIGURES):
+        assert summaries[0][name] == summaries[1][name]
+    best = [torch.load(run / "best.pt", weights_only=True) for run in (folder, expected)]
+    assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[1])
+
+
+def settings_for(*flags, model="vit", dataset="mnist", seed=0, device=CPU):
+    return train.resolve_settings(train.parse_flags([*flags]), model, dataset, seed, device)
+
+
+def make_stack(*flags, count=2_001, model="vit", seeds=(0,), sizes=TINY, device=CPU, captured=False, runs_dir=""):
+    """A stack of untrained models, splits of `count` images, and settings, as train_stack takes them."""
+    settings = settings_for(*sizes, *flags, model=model, seed=seeds[0], device=device)
+    splits = {name: Split(*(part.to(device) for part in cut(split, count))) for name, split in mnist().items()}
+    stack = train.Stack(settings, list(seeds), runs_dir, device, captured)
+    for folder in stack.folders if runs_dir else []:
+        folder.mkdir()
+    return stack, splits, settings
+
+
+def first_losses(stack, splits, settings):
+    """The losses (S, steps) of the first epoch."""
+    steps = math.ceil(len(splits["train"].labels) / settings["batch_size"])
+    batches = itertools.islice(train.train_stack(stack, splits, settings), steps)
+    return torch.stack([losses.clone().cpu() for losses in batches], dim=1)
+
+
+# The loop.
+
+def loss_by_hand(model, split, settings):
+    """Mean over samples of cross entropy with label smoothing, -(1 - s) log p_y - s mean_c log p_c, and accuracy."""
+    with torch.no_grad():
+        logits = model.double().eval()((split.images.double() / 255 - 0.1307) / 0.3081)
+    log_p, s = logits - logits.logsumexp(1, keepdim=True), settings["label_smoothing"]
+    losses = -(1 - s) * log_p[torch.arange(len(logits)), split.labels] - s * log_p.mean(1)
+    return losses.mean().item(), (logits.argmax(1) == split.labels).double().mean().item()
+
+
+def test_losses_are_means_over_all_samples(tmp_path):
+    """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch."""
+    stack, splits, settings = make_stack("--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1", seeds=[0, 5],
+                                         count=1_845, runs_dir=tmp_path)
+    assert len(list(train.train_stack(stack, splits, settings))) == 4
+    for seed, (row,) in zip([0, 5], stack.metrics):
+        model = analysis.make_model(settings | dict(seed=seed))
+        expected = [*loss_by_hand(model, splits["train"], settings), *loss_by_hand(model, splits["val"], settings)]
+        found = [row[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_adamw_step():
+    """A step is AdamW (Loshchilov and Hutter 2019) on the clipped gradient of each seed; its first moves by lr * sign."""
+    stack, splits, settings = make_stack(
+        "--optimizer", "adamw", "--no-augment", "--warmup", "0", "--decay", "0", "--weight-decay", "0.5", "--lr",
+        "0.003", "--clip", "0.01", count=500, seeds=[0, 1])
+    before = [analysis.make_model(settings | dict(seed=seed)) for seed in (0, 1)]
+    first_losses(stack, splits, settings)
+    images = (splits["train"].images.float() / 255 - 0.1307) / 0.3081  # in any order: one batch is the whole split
+    for i, model in enumerate(before):
+        F.cross_entropy(model(images), splits["train"].labels, label_smoothing=0.1).backward()
+        norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()))
+        assert norm > 0.02  # so that clipping acts
+        for name, weight in model.named_parameters():
+            decayed = weight.ndim > 1 and name not in ("cls_token", "pos_embed")
+            gradient = weight.grad * 0.01 / norm
+            expected = weight * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradient / (gradient.abs() + 1e-8)
+            torch.testing.assert_close(stack.state_dict(i)[name], expected.detach(), rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_optimizer_of_a_stack(optimizer):
+    """One optimizer holds all leaves, which hold all weights; decay is that of the matrices alone."""
+    stack, *_ = make_stack("--optimizer", optimizer, "--weight-decay", "0.3", model="vitdiff", seeds=[0, 1])
+    groups = stack.optimizer.param_groups
+    assert all(group["params"][0] is leaf for group, leaf in zip(groups, stack.leaves.values(), strict=True))
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert sum(leaf.numel() for leaf in stack.leaves.values()) == 2 * sum(
+        parameter.numel() for parameter in stack.model.parameters())
+    assert isinstance(stack.optimizer, torch.optim.AdamW) == (optimizer == "adamw")
+
+
+def test_learning_rate(tmp_path):
+    """The learning rates rise, stay and fall to zero, each from its own peak, and that of AdamW is recorded."""
+    factors = [train.lr_factor(step, 100, 0.1, 0.5) for step in range(100)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[9:51] == [1.0] * 42
+    assert factors[50:] == pytest.approx([1 - i / 50 for i in range(50)])
+    assert train.lr_factor(0, 3, 0.0, 0.0) == 1.0
+    stack, splits, settings = make_stack("--epochs", "2", "--lr", "0.006", "--muon-lr", "0.02", "--warmup", "0.5",
+                                         "--decay", "0.5", runs_dir=tmp_path)
+    rates = [[group["lr"].item() for group in stack.optimizer.param_groups]
+             for _ in train.train_stack(stack, splits, settings)]
+    expected = [min((step + 1) / 5, (10 - step) / 5, 1) for step in range(10)]
+    assert rates == [pytest.approx([0.02 * factor, 0.006 * factor]) for factor in expected]
+    assert column(stack.folders[0], "lr").tolist() == pytest.approx([0.006 * expected[4], 0.006 * expected[9]])
+
+
+@pytest.mark.parametrize("model, optimizer", [
+    ("vit", "muon"), ("vitdiff", "muon"), ("vitdiff", "adamw"), ("vitdiffpaper", "muon"), ("vitdiffv2", "muon")])
+def test_a_seed_in_a_stack_is_the_seed_alone(monkeypatch, model, optimizer):
+    """At the reference runs' sizes each has the same initial weights, the same batches, and the same losses."""
+    batches, augment = [], data.augment
+
+    def record(pixels, draws, settings):
+        batches[-1].append((pixels.clone(), draws.clone()))
+        return augment(pixels, draws, settings)
+
+    monkeypatch.setattr(data, "augment", record)
+    seeds, losses = [3, 0, 4294967295], []
+    for group in [seeds, *([seed] for seed in seeds)]:
+        stack, splits, settings = make_stack("--optimizer", optimizer, model=model, seeds=group, sizes=[], count=1_000)
+        for i, seed in enumerate(group):
+            expected = analysis.make_model(settings | dict(seed=seed)).state_dict()
+            found = stack.state_dict(i)
+            assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+        batches.append([])
+        losses.append(first_losses(stack, splits, settings))
+    assert losses[0].shape == (3, 8)
+    for i in range(3):
+        torch.testing.assert_close(losses[0][i], losses[1 + i][0], rtol=0, atol=1e-4)
+        assert all(torch.equal(a.chunk(3)[i], b) for together, alone in zip(batches[0], batches[1 + i])
+                   for a, b in zip(together, alone))
+    assert (losses[0][0] - losses[0][1]).abs().max() > 0.01  # and not of one another
+
+
+def test_dropout_of_a_stack():
+    """Each seed of a stack drops out on its own, and differently in each epoch."""
+    torch.manual_seed(0)
+    model, images = build_model("vit", dropout=0.5), torch.randn(1, 4, 1, 28, 28).expand(2, -1, -1, -1, -1)
+    weights = {name: parameter.detach().expand(2, *parameter.shape) for name, parameter in model.named_parameters()}
+    first, second = train.stack_logits(model, weights, images)
+    assert not torch.equal(first, second)
+    first, second = train.stack_logits(model.eval(), weights, images)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=500)
+    first = first_losses(stack, splits, settings)
+    stack.metrics[0].append(None)  # as after the first epoch
+    assert not torch.equal(first, first_losses(stack, splits, settings))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("model", ["vit", "vitdiff", "vitdiffv2"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_amp(precision, model):
+    """In half precision the losses are close to those in float32, and the weights stay float32."""
+    losses = {}
+    for amp in ("off", precision):
+        stack, splits, settings = make_stack("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model)
+        losses[amp] = first_losses(stack, splits, settings)
+        assert all(leaf.dtype == torch.float32 for leaf in stack.leaves.values())
+    assert not torch.equal(losses["off"], losses[precision])
+    torch.testing.assert_close(losses["off"], losses[precision], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_float16_overflow(optimizer):
+    """When float16 gradients overflow, the step is skipped as a whole: no weight and no state of the optimizer moves."""
+    stack, splits, settings = make_stack("--amp", "float16", "--optimizer", optimizer)
+    batches, forward = train.train_stack(stack, splits, settings), stack.forward
+
+    def copy():
+        states = [value.clone() for leaf in stack.leaves.values() for value in stack.optimizer.state[leaf].values()]
+        return [leaf.detach().clone() for leaf in stack.leaves.values()] + states
+
+    def overflowing(images, labels, share):
+        losses, correct = forward(images, labels, share)
+        return losses * 1e38, correct
+
+    moved = []
+    for stack.forward in (forward, overflowing, forward):
+        before, scale = copy(), stack.scaler.get_scale()
+        next(batches)
+        moved.append([not torch.equal(*pair) for pair in zip(before, copy())])
+        assert stack.scaler.get_scale() == scale / (2 if stack.forward is overflowing else 1)
+    assert all(moved[0]) and not any(moved[1]) and all(moved[2]) and len(moved[2]) > len(stack.leaves)
+
+
+@pytest.mark.parametrize("model, dataset", [*itertools.product(MODELS, ["mnist", "clutteredmnist"]), ("vit", "cifar10")])
+def test_meta(monkeypatch, model, dataset):
+    """Training steps of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not the
+    CPU and waits for none of its values: on meta, with stand-ins for what torch does not have there."""
+    class Descent(torch.optim.Optimizer):
+        def __init__(self, groups, **options):
+            super().__init__(groups, {})
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                group["params"][0].sub_(group["lr"] * group["params"][0].grad)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Descent)
+    monkeypatch.setattr(torch, "autocast", lambda **precision: contextlib.nullcontext())
+    settings = settings_for("--batch-size", "3", "--rotation", "3", "--flip", "--dropout", "0.1", model=model,
+                            dataset=dataset)
+    split = meta_split(dataset)
+    for seeds in ([0], [0, 1]):
+        stack = train.Stack(settings, seeds, "", META)
+        for losses in itertools.islice(train.train_stack(stack, dict(train=split), settings), 2):
+            assert losses.is_meta and losses.shape == (len(seeds),)
+        assert all(leaf.is_meta for leaf in stack.leaves.values())
+    model = analysis.make_model(settings).to(META).eval()
+    (batch,) = data.evaluation_batches(split, settings)
+    assert all(result.is_meta for result in analysis.evaluate_batch(model, *batch, settings))
+    assert all(value.is_meta for value in model.mean_lambdas(batch[0]))
+    condition = list(analysis.attention_conditions(settings).values())[-1]
+    (batch,) = analysis.attention_batches(split, settings, *condition)
+    assert all(figures.is_meta for figures in analysis.sum_attention(model, *batch))
+
+
+def test_shares_of_a_stack(tmp_path, monkeypatch):
+    """By a clock that ticks whenever it is read, the images of all seeds are counted, and each has its share of time."""
+    stack, splits, settings = make_stack("--epochs", "1", seeds=[0, 1], runs_dir=tmp_path)
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    list(train.train_stack(stack, splits, settings))
+    assert [row["images_per_second"] for (row,) in stack.metrics] == [2 * 2_001] * 2
+    assert [row["seconds"] for (row,) in stack.metrics] == [2 / 2, 3 / 2]
+
+
+# Compiled and captured.
+
+def test_when_to_compile(tmp_path, monkeypatch):
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided is
+    a fact of the run."""
+    monkeypatch.setattr(train, "COMPILED_STEPS", 220)  # an epoch of MNIST has 110 batches of 500
+    monkeypatch.setattr(train, "compile_forward", lambda *arguments: True)
+    end_at(monkeypatch, epoch=1)
+    for number, (flags, compiler, expected) in enumerate([
+            (["--epochs", "2"], "g++", True), (["--epochs", "1"], "g++", False),
+            (["--epochs", "1", "--seed", "0", "1"], "g++", True),
+            (["--epochs", "1", "--seed", "0", "1", "--stack", "1"], "g++", False),
+            (["--epochs", "2"], None, False), (["--epochs", "2", "--compile", "no"], "g++", False),
+            (["--epochs", "1", "--compile", "yes"], None, True)]):
+        monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
+        assert command(*TINY, *flags, "--runs-dir", tmp_path / str(number)) == 130
+        facts = [read_json(path)["facts"] for path in (tmp_path / str(number)).glob("*/config.json")]
+        assert {fact["compiled"] for fact in facts} == {expected}
+    assert train.is_compiled("auto", 10**9, torch.device("cuda")) is False  # until it is measured
+    assert train.is_compiled("yes", 1, torch.device("cuda")) is True
+
+
+def assert_compiled(compiled, plain):
+    """The runs in the folder `compiled` were compiled and those in `plain` not, and their losses agree."""
+    for folder in plain.iterdir():
+        other = compiled / folder.name
+        assert [records.read_config(run)[1]["compiled"] for run in (folder, other)] == [False, True]
+        for name in ("train_loss", "val_loss"):
+            torch.testing.assert_close(column(other, name), column(folder, name), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_losses(tmp_path):
+    """Compiled and plain losses agree, of a stack with a smaller last batch."""
+    for choice in ("no", "yes"):
+        assert command(*TINY, "--model", "vit", "--epochs", "1", "--head-hidden-dim", "0", "--compile", choice, "--runs-dir",
+                       tmp_path / choice) == 0
+    assert_compiled(tmp_path / "yes", tmp_path / "no")
+
+
+def test_compiling_many_stacks(tmp_path, monkeypatch):
+    """More stacks are compiled in one process than torch compiles of one function, and the trial that begins each leaves
+    a model's buffers as they were. The compiler is a stand-in that takes what torch traces as it is."""
+    class Counted(SelfAttention):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__(dim, num_heads, **kwargs)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.calls += 1
+            return super().forward(x)
+
+    monkeypatch.setitem(MODELS, "vitcounted", dict(attention=Counted))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for choice in ("no", "yes"):
+        assert command(*TINY, "--epochs", "1", "--model", "vitdiff", "vitcounted", "--seed", "0", "1", "--compile",
+                       choice, "--runs-dir", tmp_path / choice) == 0
+        weights = torch.load(tmp_path / choice / "mnist-vitcounted-seed1/best.pt", weights_only=True)
+        assert weights["blocks.0.attn.calls"] == STEPS
+    assert_compiled(tmp_path / "yes", tmp_path / "no")
+
+
+def test_without_a_compiler(tmp_path, monkeypatch, capsys):
+    """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without."""
+    flags = [*TINY, "--epochs", "1", "--model", "vit", "--runs-dir"]
+    process = launch("train.py", *flags, tmp_path / "yes", "--compile", "yes", CXX="/bin/false",
+                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+
+    def fail(*arguments):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(train, "COMPILED_STEPS", 1)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: fail)
+    assert command(*flags, tmp_path / "auto") == 0
+    out, err = capsys.readouterr()
+    assert [line.count("--compile") for line in out.splitlines() if "(no compiler)" in line] == [1] and err == ""
+    assert records.read_config(tmp_path / "auto/mnist-vit-seed0")[1]["compiled"] is False
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and err.count("\n") == 1 and "--compile" in err, err
+    assert not list(tmp_path.glob("yes/*/*"))
+
+
+def test_capture(monkeypatch):
+    """A captured step runs as it is for the first three batches and for smaller ones; then its graph is replayed on each
+    batch's own images and labels. The graph is a stand-in, which repeats what was recorded in it."""
+    recording = []
+
+    class Graph:
+        def replay(self):
+            self.kernel()
+
+    @contextlib.contextmanager
+    def record(graph, stream):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    class Stream:
+        def wait_stream(self, stream):
+            pass
+
+    for name, stand_in in [("Stream", Stream), ("CUDAGraph", Graph), ("graph", record), ("current_stream", Stream),
+                           ("stream", lambda stream: contextlib.nullcontext())]:
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = []
+
+    def step(images, labels, share):
+        results = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+
+        def kernel():
+            results[0].copy_(share * images.sum(1))
+            results[1].copy_(labels.sum(1))
+        calls.append(labels.shape[1])
+        if recording:
+            recording[-1].kernel = kernel
+        else:
+            kernel()
+        return results
+
+    run = train.capture(step, 3)
+    for size in [3, 3, 1, 3, 3, 1, 3, 3]:
+        images, labels = torch.rand(2, size), torch.randint(10, (2, size))
+        losses, correct = run(images, labels, 1 / size)
+        torch.testing.assert_close(losses, images.mean(1))
+        assert torch.equal(correct, labels.sum(1))
+    assert calls == [3, 3, 1, 3, 3, 1]
+
+
+# Seeds side by side.
+
+def test_default_stack():
+    """By default all seeds are stacked, but on a CPU those of images of many tokens are trained one by one."""
+    for model, dataset, flags, stacked in [
+            ("vit", "mnist", [], True), ("vit", "mnist", ["--patch-size", "4"], True),
+            ("vitdiff", "clutteredmnist", [], False), ("vit", "cifar10", [], False),
+            ("vit", "clutteredmnist", ["--patch-size", "12"], True)]:
+        settings = settings_for(*flags, model=model, dataset=dataset)
+        model = analysis.make_model(settings)
+        assert stacked == (model.pos_embed.shape[1] <= train.STACKED_TOKENS)
+        assert train.default_stack(settings, CPU) == (sys.maxsize if stacked else 1)
+        assert train.default_stack(settings, torch.device("cuda")) == sys.maxsize
+
+
+def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
+    """Seeds that cannot be stacked, or are not to be, are trained one after the other, and a line says why."""
+    class InPlace(SelfAttention):
+        def forward(self, x):
+            out = torch.zeros(x.shape)
+            out += super().forward(x)
+            return out
+
+    class Frozen(SelfAttention):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__(dim, num_heads, **kwargs)
+            self.proj.requires_grad_(False)
+
+    class Buffered(SelfAttention):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__(dim, num_heads, **kwargs)
+            self.register_buffer("scale", torch.ones(()))
+
+    for name, attention in [("inplace", InPlace), ("frozen", Frozen), ("buffered", Buffered)]:
+        monkeypatch.setitem(MODELS, f"vit{name}", dict(attention=attention))
+    for model, flags, expected, why in [
+            ("vit", ["--stack", "1"], [[0], [1], [2]], ""), ("vit", ["--stack", "2"], [[0, 1], [2]], ""),
+            ("vit", [], [[0, 1, 2]], ""), ("vit", ["--amp", "float16"], [[0], [1], [2]], "float16"),
+            ("vitbuffered", [], [[0], [1], [2]], "buffers"), ("vitfrozen", [], [[0], [1], [2]], "frozen"),
+            ("vitinplace", [], [[0], [1], [2]], "vmap")]:
+        args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir", str(tmp_path)])
+        (experiment,) = train.plan_experiments(args, CPU, None)
+        assert train.unfinished_stacks(experiment, args) == expected
+        out = capsys.readouterr().out
+        assert why in out and ("one after the other" in out) == bool(why)
+
+
+# Records.
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A run that was never interrupted: its folder. Dropout is on, so that its random numbers count too."""
+    runs = tmp_path_factory.mktemp("finished")
+    assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--analysis", "--runs-dir", runs) == 0
+    return runs / "mnist-vitdiff-seed0"
+
+
+STACK = [*TINY, "--dropout", "0.1", "--epochs", "3", "--seed", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def finished_stack(small, tmp_path_factory):
+    """Two seeds trained side by side and never interrupted: the folder of their runs."""
+    runs = tmp_path_factory.mktemp("stack")
+    assert command(*STACK, "--runs-dir", runs) == 0
+    return runs
+
+
+def copy_run(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "runs" / folder.name))
+
+
+def test_records(finished):
+    """A run leaves its settings, facts, metrics of every epoch, figures, analysis and weights, and they agree."""
+    assert {path.name for path in finished.iterdir()} == set(records.FILES)
+    config, summary = (read_json(finished / name) for name in ("config.json", "summary.json"))
+    settings, facts = config["settings"], config["facts"]
+    metrics = table(finished / "metrics.csv")
+    assert list(metrics[0]) == ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
+                                "seconds", "images_per_second", "lambda_0"]
+    assert [(row["epoch"], row["step"]) for row in metrics] == [("1", "5"), ("2", "10"), ("3", "15")]
+    best = min(metrics, key=lambda row: float(row["val_loss"]))
+    assert summary["best_epoch"] == int(best["epoch"]) and summary["epochs"] == 3
+    assert summary["val_loss"] == pytest.approx(float(best["val_loss"]), abs=1e-6)
+    assert summary["seconds"] == pytest.approx(column(finished, "seconds").sum().item(), abs=0.01)
+    assert summary["train_seconds"] == pytest.approx((2_001 / column(finished, "images_per_second")).sum().item(), 0.01)
+    assert summary["milliseconds_per_step"] == pytest.approx(
+        1e3 * (2_001 / column(finished, "images_per_second")).median().item() / 5, rel=0.01)
+    assert facts["parameters"] == summary["parameters"] == sum(
+        weights.numel() for weights in torch.load(finished / "best.pt", weights_only=True).values())
+    assert list(settings) == records.SETTINGS and settings["amp"] == "off" and settings["plugin"] is None
+    assert [facts[name] for name in ("device", "torch", "processes", "compiled", "stack")] == [
+        "cpu", torch.__version__, 1, False, [0]]
+    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs
+    attention = tokens * dim * 5 * dim + 2 * tokens * 2 * 4 + 2 * tokens * 4 + dim * dim  # of the class token alone
+    products = 4 * 196 * dim + attention + 2 * dim * 16 + dim * 16 + 16 * 10
+    assert facts["flops_per_image"] == 2 * products
+    last = records.read_checkpoint(finished / "last.pt")
+    assert last["seeds"] == [0] and [row["epoch"] for row in last["metrics"][0]] == [1, 2, 3]
+
+
+def test_records_of_a_stack(finished_stack):
+    """Each seed of a stack has records of its own, and its own weights; the first has the one checkpoint of all."""
+    folders = [finished_stack / f"mnist-vitdiff-seed{seed}" for seed in (1, 2)]
+    assert sorted(finished_stack.iterdir()) == folders
+    for seed, folder in zip((1, 2), folders):
+        expected = set(records.FILES) - {*records.ANALYSIS, *(["last.pt"] if seed == 2 else [])}  # by --no-analysis
+        assert {path.name for path in folder.iterdir()} == expected
+        config, summary = (read_json(folder / name) for name in ("config.json", "summary.json"))
+        assert config["settings"]["seed"] == summary["seed"] == seed and config["facts"]["stack"] == [1, 2]
+        assert f"--seed {seed}\n" in (folder / "args.txt").read_text()
+        assert sum(weights.numel() for weights in torch.load(folder / "best.pt", weights_only=True).values()) == (
+            summary["parameters"])
+        settings = config["settings"]
+        model = analysis.load_model(folder, settings, CPU)
+        loss, accuracy = loss_by_hand(model, cut(mnist()["test"], 2_001), settings)
+        assert summary["test_loss"] == pytest.approx(loss, abs=1e-5) and summary["test_accuracy"] == accuracy
+    assert len({row["val_loss"] for folder in folders for row in untimed(folder)}) == 6
+
+
+def test_checksums(finished):
+    """summary.json has a checksum of itself and of each file that charts are drawn from."""
+    sums = read_json(finished / "summary.json")["crc32"]
+    assert set(sums) == {"summary.json", "config.json", "metrics.csv", *records.ANALYSIS}
+    assert sums == records.checksums(finished, read_json(finished / "summary.json"))
+
+
+def test_checkpoints(finished, finished_stack, tmp_path):
+    """Checkpoints hold tensors of their own memory, are loaded without pickled code, and hold nothing twice."""
+    big = torch.zeros(10**6)
+    records.write_checkpoint(tmp_path / "view.pt", dict(part=big[:2], parts=[dict(part=big[2:4].requires_grad_())]))
+    assert (tmp_path / "view.pt").stat().st_size < 4_000
+    content = torch.load(tmp_path / "view.pt", weights_only=True)
+    assert torch.equal(content["part"], big[:2]) and not content["parts"][0]["part"].requires_grad
+    for folder, seeds in [(finished, 1), (finished_stack / "mnist-vitdiff-seed1", 2)]:
+        size = 4 * read_json(folder / "summary.json")["parameters"]
+        assert (folder / "best.pt").stat().st_size < 2 * size + 10_000  # one seed's weights, not all
+        assert (folder / "last.pt").stat().st_size < 3 * seeds * size + 10_000  # weights and two averages
+
+
+def test_args_txt(tmp_path):
+    """args.txt repeats the settings of a run, whatever they are, of any data set."""
+    plugin = tmp_path / "my plugin.py"
+    plugin.write_text("")
+    for number, (dataset, flags) in enumerate([
+            ("mnist", []), ("fashionmnist", ["--no-flip", "--lr", "1e-05"]), ("cifar10", ["--no-augment"]),
+            ("clutteredmnist", ["--distractors", "0", "--flip", "--amp", "bfloat16", "--head-hidden-dim", "0"])]):
+        folder = tmp_path / f"a folder {number}"
+        folder.mkdir()
+        settings = settings_for(*flags, model="vitdiffpaper", dataset=dataset, seed=7)
+        records.write_config(folder, settings | dict(plugin="its name and hash" if number else None), {},
+                             plugin if number else None)
+        args = train.parse_flags([f"@{folder / 'args.txt'}"])
+        assert [args.model, args.dataset, args.seed] == [["vitdiffpaper"], [dataset], [7]]
+        assert args.plugin == (folder / plugin.name if number else None)
+        assert train.resolve_settings(args, args.model[0], args.dataset[0], args.seed[0], CPU) == settings
+
+
+def test_whole_writes(tmp_path, monkeypatch):
+    """A write is whole or not at all, whoever reads meanwhile."""
+    path = tmp_path / "summary.json"
+    records.write_whole(path, "old")
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(records.UserError, match=str(path)):
+        patch.setattr(os, "fsync", fail)
+        records.write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with open(path) as reader:
+        records.write_whole(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_best_weights_are_tested_once(tmp_path, monkeypatch):
+    """When validation losses fall and rise, with Ctrl-C in between, the weights of the lowest are tested, once."""
+    val_losses, tested, load_splits = iter([0.9, 0.5, KeyboardInterrupt, 0.7]), [], data.load_splits
+
+    def evaluate(model, split, settings):
+        if len(split.labels) == 2_000:
+            loss = next(val_losses)
+            if loss is KeyboardInterrupt:
+                raise loss
+            return loss, 0.5
+        tested.append({name: weights.clone() for name, weights in model.state_dict().items()})
+        return 0.6, 0.4
+
+    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
+        **load_splits(*arguments), "val": cut(load_splits(*arguments)["val"], 2_000)})
+    monkeypatch.setattr(analysis, "evaluate", evaluate)
+    assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 130
+    assert command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) == 0
+    (weights,) = tested
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    best, last = records.read_checkpoint(folder / "best.pt"), records.read_checkpoint(folder / "last.pt")
+    assert all(torch.equal(weights[name], best[name]) for name in best)
+    assert not torch.equal(weights["head.fc2.bias"], last["leaves"]["rest"][0, -10:])
+    assert read_json(folder / "summary.json")["best_epoch"] == 2
+
+
+# Interrupted and resumed.
+
+def test_interrupted_at_any_write(tmp_path, monkeypatch):
+    """A stack that ends at any of its writes and is started again leaves what one does that was never interrupted."""
+    flags, replace, load_splits = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1"], os.replace, (
+        data.load_splits)
+    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
+        name: cut(split, 201) for name, split in load_splits(*arguments).items()})
+    assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
+
+    def replace_or_end(source, target):
+        if not next(countdown):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for number in itertools.count():
+        runs, countdown = tmp_path / str(number), itertools.count(number, -1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_end)
+            status = command(*flags, "--runs-dir", runs)
+        if status == 0:
+            break
+        assert status == 130 and command(*flags, "--runs-dir", runs) == 0
+        for seed in (0, 1):
+            assert_same_run(*(folder / f"mnist-vitdiff-seed{seed}" for folder in (runs, tmp_path / "whole")))
+    assert number == 16  # config.json, args.txt, two of best.pt and metrics.csv and summary.json of each; two of last.pt
+
+
+def run_plugin(tmp_path, monkeypatch, source):
+    """The path of a plugin; what it changes is as before when the test is over."""
+    for module, name in [(data, "load_splits"), (data, "draw_epoch"), (data, "get_batch"), (vit.ViT, "forward"), (train, "lr_factor")]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    path = tmp_path / "my plugin.py"
+    path.write_text(source)
+    return path
+
+
+def test_killed_and_resumed(finished, finished_stack, tmp_path, monkeypatch, capsys):
+    """A run repeated by its args.txt, and a stack, killed and resumed, leave the records of those never interrupted."""
+    plugin = run_plugin(tmp_path, monkeypatch, SMALL)
+    more = ["--plugin", plugin, "--device", "cpu", "--no-analysis", "--runs-dir", tmp_path / "runs"]
+    commands = [[f"@{finished / 'args.txt'}", "--seed", "0", *more], [*STACK, "--seed", "1", "2", *more]]
+    processes = [launch("train.py", *flags, KILLED=f"rank 0 epoch {epoch} batch 3")
+                 for flags, epoch in zip(commands, (3, 2))]
+    for process in processes:
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+    runs = [tmp_path / f"runs/mnist-vitdiff-seed{seed}" for seed in range(3)]
+    assert [len(untimed(folder)) for folder in runs] == [2, 1, 1]
+    assert not list((tmp_path / "runs").glob("*/summary.json"))
+    capsys.readouterr()
+    for flags in commands:
+        assert command(*flags) == 0
+    assert capsys.readouterr().out.count("resumed after epoch ") == 3
+    assert_same_run(runs[0], finished)
+    for folder in runs[1:]:
+        assert_same_run(folder, finished_stack / folder.name)
+
+
+def end_at(monkeypatch, epoch):
+    """Raise KeyboardInterrupt, as Ctrl-C does, when an epoch is drawn."""
+    draw_epoch = data.draw_epoch
+
+    def draw_or_end(seeds, number, *arguments):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return draw_epoch(seeds, number, *arguments)
+
+    monkeypatch.setattr(data, "draw_epoch", draw_or_end)
+
+
+def test_a_stack_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
+    """Other seeds than those of an interrupted stack are refused by a line that names its seeds; more are trained beside
+    it, and finished ones are left alone."""
+    flags = [*TINY, "--epochs", "2", "--runs-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        end_at(patch, epoch=2)
+        assert command(*flags, "--seed", "0", "1") == 130
+    capsys.readouterr()
+    for seeds in (["1"], ["0"], ["1", "2"]):
+        assert command(*flags, "--seed", *seeds) == 2
+        assert_one_line(capsys, "--seed 0 1", "--overwrite")
+    assert command(*flags, "--seed", "2") == 0
+    capsys.readouterr()
+    assert command(*flags, "--seed", "0", "1", "2", "3") == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"seed{seed}  epoch ") for seed in range(4)] == [1, 1, 0, 2]
+    stacks = [read_json(tmp_path / f"mnist-vitdiff-seed{seed}/config.json")["facts"]["stack"] for seed in range(4)]
+    assert stacks == [[0, 1], [0, 1], [2], [3]]
+
+
+def test_ctrl_c(tmp_path, capsys, monkeypatch):
+    """Ctrl-C is exit 130 and one line, and what was recorded stays."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
+    draw_epoch = data.draw_epoch
+    monkeypatch.setattr(data, "draw_epoch", lambda seeds, epoch, *arguments: (
+        signal.raise_signal(signal.SIGINT) if epoch == 2 else draw_epoch(seeds, epoch, *arguments)))
+    try:
+        assert command(*TINY, "--epochs", "2", "--runs-dir", tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert_one_line(capsys, "interrupted")
+    assert len(untimed(tmp_path / "mnist-vitdiff-seed0")) == 1
+
+
+def test_products_are_trained_once(tmp_path, capsys):
+    """Every combination is trained once; the same command again trains what is missing alone, and a table has all."""
+    flags = [*TINY, "--epochs", "1", "--model", "vit", "vitdiffv2", "--seed", "0", "1", "--runs-dir", tmp_path]
+    assert command(*flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"mnist-{model}-seed{seed}" for model in ("vit", "vitdiffv2") for seed in (0, 1)}
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 4
+    shutil.rmtree(tmp_path / "mnist-vit-seed1")
+    (tmp_path / "mnist-vit-seed0/last.pt").unlink()  # which a finished run does not need
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    assert command(*flags) == 0
+    out = capsys.readouterr().out
+    assert out.count(" epoch 1/1 ") == 1 and " epoch 1/1 " in out.split("mnist-vit-seed1")[1]
+    for folder in tmp_path.iterdir():
+        assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[1]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert command(*flags, "--model", "vit", "--overwrite") == 0
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
+
+
+def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
+    """A run that was interrupted in its analysis is not finished; resumed, it is only analysed."""
+    flags = [*TINY, "--model", "vitdiffv2", "--dataset", "clutteredmnist", "--patch-size", "12", "--epochs", "1",
+             "--distractors", "3", "--analysis", "--runs-dir", tmp_path]
+    folder = tmp_path / "clutteredmnist-vitdiffv2-seed0"
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    load_splits = data.load_splits
+    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
+        name: cut(split, 300) for name, split in load_splits(*arguments).items()})
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "blur")})
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis, "measure_attention", interrupt)
+        assert command(*flags) == 130
+    assert not (folder / "summary.json").exists() and not (folder / "attention.csv").exists()
+    end_at(monkeypatch, epoch=1)
+    assert command(*flags) == 0
+    assert {path.name for path in folder.iterdir()} == set(records.FILES)
+    assert "--distractors 3\n" in (folder / "args.txt").read_text()
+    assert {row["condition"] for row in table(folder / "attention.csv")} == {
+        "0_distractors", "3_distractors", "4_distractors", "8_distractors", "16_distractors", "gaussian_noise_3"}
+
+
+# What goes wrong.
+
+BAD_FLAGS = [
+    (["--model", "vitdif"], ["'vitdif'", "vitdiff?"]),
+    (["--dataset", "fashion-mnist"], ["'fashion-mnist'", "fashionmnist?"]),
+    (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]),
+    (["--dim", "33"], ["width 33", "2 heads"]),
+    (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),
+    (["--dim", "999999999999"], ["--dim", "'999999999999'"]),
+    (["--epochs", "0"], ["--epochs", "'0'"]),
+    (["--epochs", "2.5"], ["--epochs", "'2.5'"]),
+    (["--batch-size", "0"], ["--batch-size", "'0'"]),
+    (["--batch-size", "55001"], ["--batch-size", "55001", "55000", "mnist"]),
+    (["--lr", "nan"], ["--lr", "'nan'"]),
+    (["--lr=-1e-3"], ["--lr", "'-1e-3'"]),
+    (["--muon-lr", "inf"], ["--muon-lr", "'inf'"]),
+    (["--weight-decay", "x"], ["--weight-decay", "'x'"]),
+    (["--dropout", "1"], ["--dropout", "'1'"]),
+    (["--dropout=-0.1"], ["--dropout", "'-0.1'"]),
+    (["--label-smoothing", "1"], ["--label-smoothing", "'1'"]),
+    (["--warmup", "1.5"], ["--warmup", "'1.5'"]),
+    (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
+    (["--optimizer", "sgd"], ["--optimizer", "'sgd'", "adamw"]),
+    (["--compile", "maybe"], ["--compile", "'maybe'", "auto"]),
+    (["--device", "cuda:99"], ["--device cuda:99", "--device auto"]),
+    (["--device", "gpu"], ["--device gpu", "--device auto"]),
+    (["--nonsense"], ["--nonsense"]),
+    (["--epoch", "3"], ["--epoch"]),
+    (["--distractors", "4"], ["--distractors", "mnist", "clutteredmnist", "clutteredfashionmnist"]),
+    (["--dataset", "clutteredmnist", "--distractors=-1"], ["--distractors", "'-1'"]),
+    (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]),
+    (["--stack", "0"], ["--stack", "'0'"]),
+    (["--plugin", "missing.py"], ["missing.py"]),
+    (["--plugin", "data"], ["data"]),
+    (["--plugin", "README.md"], ["README.md"]),
+    (["@missing.txt"], ["missing.txt"]),
+    (["@data"], ["data"]),
+    (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["@file"]),
+    (["--data-dir", "README.md"], ["--data-dir", "README.md"]),
+    (["--runs-dir", "README.md"], ["--runs-dir", "README.md"]),
+    (["--runs-dir", "README.md/runs"], ["README.md"]),
+    (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_flags(flags, words, tmp_path, capsys, monkeypatch):
+    """A wrong flag is one line, which names flag and value, and exit 2; nothing is created."""
+    monkeypatch.chdir(HERE)
+    assert command(*([] if "--runs-dir" in flags else ["--runs-dir", tmp_path / "runs"]), *flags) == 2
+    assert_one_line(capsys, "train.py: error: ", *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help(capsys):
+    """--help names every model, data set and flag."""
+    assert command("--help") == 0
+    out = capsys.readouterr().out
+    for name in [*MODELS, *DATASETS]:
+        assert re.search(rf"\b{name}\b", out)
+    for name in [*records.SETTINGS[3:], "device", "data_dir", "runs_dir", "overwrite", "analysis", "compile", "stack"]:
+        assert f"--{name.replace('_', '-')} " in out or f"--{name.replace('_', '-')}," in out, name
+
+
+def test_other_settings(finished, tmp_path, capsys):
+    """A run with other settings is refused, those that differ are named, and nothing of it is changed."""
+    folder = copy_run(finished, tmp_path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert command(*TINY, "--epochs", "4", "--lr", "0.01", "--runs-dir", folder.parent) == 2
+    assert_one_line(capsys, folder, "epochs is 3 there and 4 here", "lr is 0.006 there and 0.01 here", "--overwrite")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "summary.json"])
+def test_damaged_records(finished, tmp_path, capsys, name):
+    """A record that is cut short, empty or foreign is named, is left as it is, and exit 2."""
+    folder = copy_run(finished, tmp_path)
+    if name.endswith(".pt"):
+        (folder / "summary.json").unlink()
+    content = (folder / name).read_bytes()
+    foreign = io.BytesIO()
+    torch.save(dict(weights=torch.zeros(3)), foreign)
+    for bad in (content[:len(content) // 2], b"", b"not a record", foreign.getvalue(), b"{}", b"[]",
+                b'{"settings": {}, "facts": []}'):
+        (folder / name).write_bytes(bad)
+        assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", folder.parent) == 2, bad
+        assert_one_line(capsys, folder / name, "--overwrite")
+        assert (folder / name).read_bytes() == bad
+    assert untimed(folder) == untimed(finished)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_flipped_bits(finished, tmp_path, capsys, name):
+    """A flipped bit in a checkpoint, wherever it is, is noticed, or changes nothing of what is read."""
+    def flat(value):
+        if isinstance(value, dict):
+            value = list(value.items())
+        if isinstance(value, (list, tuple)):
+            return [part for member in value for part in flat(member)]
+        return [value.tolist() if torch.is_tensor(value) else value]
+
+    content, generator, noticed = bytearray((finished / name).read_bytes()), random.Random(0), 0
+    original = repr(flat(records.read_checkpoint(finished / name)))
+    path = tmp_path / "runs" / finished.name / name
+    shutil.copytree(finished, path.parent)
+    with zipfile.ZipFile(path) as archive:
+        data_starts = [info.header_offset + 30 + len(info.filename) + content[info.header_offset + 28]
+                       + 256 * content[info.header_offset + 29] for info in archive.infolist()]
+        in_data = [generator.randrange(start, start + info.file_size)
+                   for start, info in zip(data_starts, archive.infolist()) if info.file_size for _ in range(5)]
+    for position in in_data + [generator.randrange(len(content)) for _ in range(200)]:
+        content[position] ^= 1 << generator.randrange(8)
+        flipped = bytes(content)
+        path.write_bytes(flipped)
+        content = bytearray((finished / name).read_bytes())
+        try:
+            assert repr(flat(records.read_checkpoint(path))) == original and position not in in_data
+        except records.UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            noticed, damaged = noticed + 1, flipped
+    assert noticed > len(in_data)
+    path.write_bytes(damaged)
+    (path.parent / "summary.json").unlink()
+    assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", tmp_path / "runs") == 2
+    assert_one_line(capsys, path)
+
+
+def test_second_process(tmp_path, capsys):
+    """A run that another process trains is refused, and the lock is gone with its holder."""
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    with records.locked(folder):
+        assert command(*TINY, "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, folder)
+    with records.locked(folder):
+        pass
+
+
+def test_strays(tmp_path, capsys):
+    """A folder that is not a run's, or a file in its place, is named and left alone."""
+    (tmp_path / "mnist-vitdiff-seed0").write_text("mine")
+    assert command("--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, tmp_path / "mnist-vitdiff-seed0")
+    (tmp_path / "mnist-vit-seed0").mkdir()
+    (tmp_path / "mnist-vit-seed0/metrics.csv").write_text("mine")
+    assert command("--model", "vit", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, tmp_path / "mnist-vit-seed0", "metrics.csv", "config.json")
+    assert (tmp_path / "mnist-vit-seed0/metrics.csv").read_text() == "mine"
+    assert (tmp_path / "mnist-vitdiff-seed0").read_text() == "mine"
+
+
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    """A loss that is not finite is one line with epoch and step, and the record of the epochs before is kept."""
+    calls, stack_logits = itertools.count(), train.stack_logits
+    monkeypatch.setattr(train, "stacking_obstacle", lambda settings: None)
+    monkeypatch.setattr(train, "stack_logits", lambda *arguments: stack_logits(*arguments) * (
+        math.nan if next(calls) >= STEPS + 2 else 1))
+    assert command(*TINY, "--epochs", "3", "--seed", "0", "1", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, tmp_path / "mnist-vitdiff-seed0", "nan", "epoch 2, step 3 of 5", "--lr")
+    for seed in (0, 1):
+        folder = tmp_path / f"mnist-vitdiff-seed{seed}"
+        assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
+    last = records.read_checkpoint(tmp_path / "mnist-vitdiff-seed0/last.pt")
+    assert [len(rows) for rows in last["metrics"]] == [1, 1] and last["leaves"]["muon"].isfinite().all()
+
+
+def test_validation_loss_that_is_not_finite(tmp_path, capsys):
+    """A rate that is far too high ends a run by such a line, at the latest in validation."""
+    assert command(*TINY, "--batch-size", "2001", "--optimizer", "adamw", "--lr", "1e38", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "epoch 1, validation", "--lr")
+
+
+def test_full_disk(tmp_path, capsys):
+    """A full disk is one line and loses nothing: a limit on the size of files, which a checkpoint exceeds, stands for it."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        assert command(*TINY, "--epochs", "2", "--runs-dir", tmp_path) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(capsys, "best.pt")
+    assert {path.name for path in (tmp_path / "mnist-vitdiff-seed0").iterdir()} == {"config.json", "args.txt"}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory(tmp_path, monkeypatch, capsys, error):
+    """Too little memory is one line that names the flags that need less, and exit 2."""
+    def fail(*arguments, **options):
+        raise error
+    monkeypatch.setattr(data, "get_batch", fail)
+    assert command(*TINY, "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "memory", "--batch-size", "--stack")
+
+
+class Misshapen(SelfAttention):
+    """An attention with a bug: some of its products do not fit, in `forward` or only in `attention_map`."""
+    where = "forward"
+
+    def forward(self, x, keep=None):
+        return super().forward(x @ torch.ones(3, 3) if self.where == "forward" and not x.is_meta else x, keep)
+
+    def attention_map(self, x):
+        return super().attention_map(x @ torch.ones(3, 3) if self.where == "attention_map" else x)
+
+
+@pytest.mark.parametrize("where", ["forward", "attention_map"])
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch, where):
+    """A bug in a user's attention is raised as it is, in training and in the analysis."""
+    monkeypatch.setitem(MODELS, "vitbug", dict(attention=Misshapen))
+    monkeypatch.setattr(Misshapen, "where", where)
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "blur")})
+    with pytest.raises(RuntimeError, match="shape") as error:
+        command(*TINY, "--epochs", "1", "--model", "vitbug", "--analysis", "--runs-dir", tmp_path)
+    assert any(entry.name == where and entry.path == Path(__file__) for entry in error.traceback)
+    assert not (tmp_path / "mnist-vitbug-seed0/summary.json").exists()
+
+
+def test_attention_without_a_map(tmp_path, monkeypatch, capsys):
+    """An attention that has no attention_map is refused before training, unless without analysis."""
+    class Mean(torch.nn.Module):
+        def __init__(self, dim, num_heads, depth, qkv_bias):
+            super().__init__()
+            self.proj = torch.nn.Linear(dim, dim)
+
+        def forward(self, x):
+            return self.proj(x.mean(1, keepdim=True).expand_as(x))
+
+    monkeypatch.setitem(MODELS, "vitmean", dict(attention=Mean))
+    flags = [*TINY, "--model", "vitmean", "--epochs", "1", "--runs-dir", tmp_path / "runs"]
+    assert command(*flags, "--analysis") == 2
+    assert_one_line(capsys, "vitmean", "Mean", "attention_map", "--no-analysis")
+    assert not (tmp_path / "runs").exists()
+    assert command(*flags) == 0
+
+
+# Plugins.
+
+PATCHES = """
+import data
+import train
+import vit
+
+draw_epoch = data.draw_epoch
+data.draw_epoch = lambda seeds, epoch, *arguments: draw_epoch(seeds, 1, *arguments)
+forward = vit.ViT.forward
+vit.ViT.forward = lambda model, images: 0 * forward(model, images)
+train.lr_factor = lambda *arguments: 0.5
+"""
+
+
+def test_a_plugin_changes_the_program(tmp_path, monkeypatch):
+    """What a plugin puts in the place of a function of any room takes effect in training, and its name is a setting."""
+    plugin, orders, get_batch = run_plugin(tmp_path, monkeypatch, PATCHES), [], data.get_batch
+
+    def record(split, index, *arguments):
+        orders.append(index)
+        return get_batch(split, index, *arguments)
+
+    monkeypatch.setattr(data, "get_batch", record)
+    flags = [*TINY, "--epochs", "2", "--seed", "0", "1", "--plugin", plugin, "--runs-dir", tmp_path / "runs"]
+    assert command(*flags) == 0
+    folder = tmp_path / "runs/mnist-vitdiff-seed1"
+    assert column(folder, "train_loss").tolist() == pytest.approx([math.log(10)] * 2, abs=1e-6)
+    assert column(folder, "lr").tolist() == pytest.approx([0.003] * 2)
+    assert all(torch.equal(first, second) for first, second in zip(orders[:STEPS], orders[STEPS:], strict=True))
+    settings, _ = records.read_config(folder)
+    assert settings["plugin"].startswith("my plugin.py ") and records.plugin_name(settings) == "my plugin.py"
+    assert (folder / "my plugin.py").read_text() == PATCHES
+    assert command(f"@{folder / 'args.txt'}", "--device", "cpu", "--runs-dir", tmp_path / "again", "--no-analysis") == 0
+    assert_same_run(tmp_path / "again" / folder.name, folder)
+
+
+def test_a_changed_plugin(tmp_path, monkeypatch, capsys):
+    """A run is resumed with the plugin that it was begun with alone; another is refused and named. Its own
+    copy serves to start it afresh."""
+    plugin = run_plugin(tmp_path, monkeypatch, "")
+    flags = [*TINY, "--epochs", "2", "--runs-dir", tmp_path / "runs"]
+    with monkeypatch.context() as patch:
+        end_at(patch, epoch=2)
+        assert command(*flags, "--plugin", plugin) == 130
+    folder = tmp_path / "runs/mnist-vitdiff-seed0"
+    plugin.write_text("changed = True")
+    capsys.readouterr()
+    for more in (["--plugin", plugin], []):
+        assert command(*flags, *more) == 2
+        assert_one_line(capsys, folder, "plugin is my plugin.py", "--overwrite")
+    again = [f"@{folder / 'args.txt'}", "--runs-dir", tmp_path / "runs", "--device", "cpu", "--no-analysis"]
+    assert command(*again) == 0
+    assert command(*again, "--overwrite") == 0
+    assert (folder / "my plugin.py").read_text() == ""
+
+
+def test_a_bug_in_a_plugin(tmp_path, monkeypatch):
+    """An exception of the plugin's own keeps its traceback."""
+    plugin = run_plugin(tmp_path, monkeypatch, "\n\n1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as error:
+        command(*TINY, "--plugin", plugin, "--runs-dir", tmp_path / "runs")
+    assert str(error.traceback[-1].path) == str(plugin) and error.traceback[-1].lineno == 2
+    assert not (tmp_path / "runs").exists()
+
+
+# The machine.
+
+def test_cuda_device_is_made_current(monkeypatch):
+    """--device cuda:1 makes that card the current one."""
+    current, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    assert analysis.pick_device("cuda:1") == torch.device("cuda:1") == current[0]
+
+
+def test_precision():
+    """--amp auto is bfloat16 on a card that has it, float16 on another, and off on a CPU."""
+    assert train.resolve_amp("auto", CPU) == "off" and train.resolve_amp("float16", CPU) == "float16"
+    for has_bfloat16, expected in [(True, "bfloat16"), (False, "float16")]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+            assert train.resolve_amp("auto", torch.device("cuda")) == expected
+
+
+WARN_IF_BUSY = train.warn_if_busy  # as it is outside of these tests
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_busy_cores(monkeypatch, capsys):
+    """A core that another process keeps busy is not idle; when fewer are idle than there are threads, a line says so."""
+    monkeypatch.setattr(torch, "get_num_threads", os.cpu_count)
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
+                          stdout=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        idle = train.idle_cores()
+        process.kill()
+    assert 0 <= idle < os.cpu_count() - 0.4
+    monkeypatch.setattr(train, "idle_cores", lambda: idle)
+    WARN_IF_BUSY(torch.device("cuda"))
+    WARN_IF_BUSY(CPU)
+    if os.cpu_count() > 1 and idle < os.cpu_count() - 0.5:
+        assert_one_line(capsys, f"{idle:.1f} idle", "OMP_NUM_THREADS=1")
+    for cores in (None, os.cpu_count()):
+        monkeypatch.setattr(train, "idle_cores", lambda: cores)
+        WARN_IF_BUSY(CPU)
+    assert capsys.readouterr().err == ""
+
+
+# Processes.
+
+def torchrun(*flags, **environment):
+    """train.py in two processes, connected by gloo on loopback."""
+    return launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *flags,
+                  **environment)
+
+
+def test_two_processes(tmp_path, monkeypatch):
+    """Two processes give the losses of one. When one dies the other ends too, and the same command resumes. The last
+    batch is a single image, of which one process has nothing."""
+    plugin = run_plugin(tmp_path, monkeypatch, SMALL)
+    flags = [*TINY, "--epochs", "4", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", "0", "1", "--plugin", plugin]
+    folders = [tmp_path / f"two/mnist-vitdiff-seed{seed}" for seed in (0, 1)]
+    process = torchrun(*flags, "--runs-dir", tmp_path / "two", KILLED="rank 1 epoch 3 batch 3")
+    process.communicate(timeout=300)
+    assert process.returncode != 0 and not (folders[0] / "summary.json").exists()
+    assert [len(untimed(folder)) for folder in folders] == [2, 2]
+    process = torchrun(*flags, "--runs-dir", tmp_path / "two")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("resumed after epoch 2 of 4") == 2 and out.count(" epoch 4/4 ") == 2  # one process writes
+    assert command(*flags, "--runs-dir", tmp_path / "one") == 0
+    for two in folders:
+        one = tmp_path / "one" / two.name
+        assert records.read_config(two)[1]["processes"] == 2
+        for name, atol in [("train_loss", 1e-4), ("train_accuracy", 1e-3), ("val_loss", 1e-4)]:
+            torch.testing.assert_close(column(two, name), column(one, name), rtol=0, atol=atol)
+
+
+# CUDA.
+
+@pytest.fixture
+def cuda():
+    """The device, in the state that train.py puts it into; deterministic algorithms are for this test alone."""
+    yield analysis.pick_device("cuda")
+    torch.use_deterministic_algorithms(False)
+
+
+CUDA = [*TINY, "--device", "cuda"]
+
+
+@needs_cuda
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_losses(cuda, model, seeds):
+    """On CUDA a model, and a stack of it, have the losses of the CPU, and in bfloat16 nearly."""
+    flags = ["--lr", "1e-3", "--muon-lr", "2e-3", "--no-augment"]
+    expected = first_losses(*make_stack(*flags, model=model, seeds=seeds))
+    losses = first_losses(*make_stack(*flags, "--amp", "off", model=model, seeds=seeds, device=cuda))
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
+    losses = first_losses(*make_stack(*flags, "--amp", "bfloat16", model=model, seeds=seeds, device=cuda))
+    torch.testing.assert_close(losses, expected, rtol=0.03, atol=0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("flags", [
+    ["--amp", "off"], ["--amp", "bfloat16", "--seed", "0", "1"], ["--amp", "float16"], ["--compile", "yes"],
+    ["--dataset", "clutteredmnist", "--patch-size", "12"]], ids=" ".join)
+def test_cuda_repeats_a_record(cuda, tmp_path, flags):
+    """On CUDA the same seed gives the same record, analysis included."""
+    for runs in ("first", "second"):
+        assert command(*CUDA, "--epochs", "2", "--dropout", "0.1", "--analysis", *flags, "--runs-dir",
+                       tmp_path / runs) == 0
+    for folder in (tmp_path / "first").iterdir():
+        again = tmp_path / "second" / folder.name
+        assert_same_run(again, folder)
+        for name in records.ANALYSIS:
+            assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+@needs_cuda
+@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
+def test_cuda_resumes(cuda, tmp_path, monkeypatch, seeds):
+    """A run on CUDA, or a stack, that was interrupted is resumed to the record of one that never was."""
+    flags = [*CUDA, "--epochs", "3", "--dropout", "0.1", "--seed", *seeds]
+    assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        end_at(patch, epoch=2)
+        assert command(*flags, "--runs-dir", tmp_path / "parts") == 130
+    assert command(*flags, "--runs-dir", tmp_path / "parts") == 0
+    for folder in (tmp_path / "whole").iterdir():
+        assert_same_run(tmp_path / "parts" / folder.name, folder)
+
+
+@needs_cuda
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
+def test_cuda_captured_losses(cuda, tmp_path, seeds, amp):
+    """Captured steps, and the smaller last batch of each epoch after them, have the losses of plain ones."""
+    flags = [*CUDA, "--amp", amp, "--epochs", "3", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", *seeds]
+    for choice in ("yes", "no"):
+        assert command(*flags, "--compile", choice, "--runs-dir", tmp_path / choice) == 0
+    for folder in (tmp_path / "yes").iterdir():
+        plain = tmp_path / "no" / folder.name
+        assert [records.read_config(run)[1]["compiled"] for run in (folder, plain)] == [True, False]
+        for name in ("train_loss", "val_loss"):
+            torch.testing.assert_close(column(folder, name), column(plain, name), rtol=0,
+                                       atol=1e-4 if amp == "off" else 1e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_cuda_captured_dropout(cuda, seeds):
+    """Each replay of a captured step drops out anew: with weights that stay and images that are equal, losses differ."""
+    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=4_000,
+                                         seeds=seeds, device=cuda, captured=True)
+    images, labels = splits["train"]
+    splits["train"] = Split(images[:1].expand_as(images).contiguous(), labels[:1].expand_as(labels).contiguous())
+    losses = first_losses(stack, splits, settings)
+    assert losses.shape == (len(seeds), 8) and losses.isfinite().all()
+    assert all(len(set(of_seed.tolist())) == 8 for of_seed in losses)
+
+
+@needs_cuda
+def test_cuda_weights_load_anywhere(cuda, tmp_path):
+    """The checkpoints of a run on CUDA hold tensors of the CPU, and its best weights give its figures there."""
+    assert command(*CUDA, "--amp", "off", "--epochs", "1", "--runs-dir", tmp_path) == 0
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert all(weights.device == CPU for weights in [*best.values(), *last["leaves"].values()])
+    assert all(value.device == CPU for state in last["optimizer"].values() for value in state.values())
+    settings, _ = records.read_config(folder)
+    loss, _ = loss_by_hand(analysis.load_model(folder, settings, CPU), cut(mnist()["test"], 2_001), settings)
+    assert read_json(folder / "summary.json")["test_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+def test_second_cuda_card(tmp_path):
+    """A run on --device cuda:1, captured, has the losses of one on the first card."""
+    flags = [*TINY, "--amp", "off", "--epochs", "2", "--compile", "yes"]
+    for device in ("cuda:0", "cuda:1"):
+        assert command(*flags, "--device", device, "--runs-dir", tmp_path / device) == 0
+        assert f"cuda:{torch.cuda.current_device()}" == device
+    torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*(column(tmp_path / device / "mnist-vitdiff-seed0", "train_loss")
+                                 for device in ("cuda:0", "cuda:1")), rtol=0, atol=1e-5)

@@ -234,6 +234,8 @@ def analyse_run(folder, device, data_dir):
     """Test a finished run again, print the figures beside those recorded, and write its analysis."""
     settings, _ = records.read_config(folder)
     summary = records.read_summary(folder)
+    if "crc32" in summary:
+        records.check_files(folder, summary["crc32"], ["config.json"])
     if settings.get("plugin"):
         found = records.execute_plugin(folder / records.plugin_name(settings))
         if found != settings["plugin"]:

@@ -10,6 +10,7 @@ DATASET-table.md, -paired-table.md, -noise-table.md, -attention-table.md and the
 """
 
 import argparse
+import functools
 import io
 import itertools
 import math
@@ -18,6 +19,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict, namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -38,6 +40,7 @@ PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("fashionmnist", "vitbalanced"): Published(30, 55_626, 0.792, 0.798, 0.8679),
     ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
 }
+PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the other corruptions
 # Okabe and Ito's colours, for colour-blind eyes; dashes and markers, for grey print. 7 and 11 have no common divisor,
 # so the first 77 models differ in colour or marker.
 COLORS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
@@ -174,6 +177,12 @@ def published_of(dataset, line):
     return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
 
 
+def published_in_front(dataset, lines):
+    """[(line, its published figures)], for each model in front once."""
+    found = {line.model: (line, published_of(dataset, line)) for line in reversed(lines) if line.front}
+    return [(line, figures) for line, figures in reversed(found.values()) if figures]
+
+
 def readable(name):
     """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
     words = name.split("_")
@@ -186,9 +195,9 @@ def readable(name):
 
 def shared_corruptions(lines):
     """The corruptions that every run has met, and the number of severities that every run has met."""
-    first, *others = (run.noise for line in lines for run in line.runs)
-    severities = min(len(accuracies) for noise in (first, *others) for accuracies in noise.values())
-    return [name for name in first if all(name in other for other in others)], severities
+    found = [run.noise for line in lines for run in line.runs]
+    names = [name for name in (found[0] if found else []) if all(name in noise for noise in found)]
+    return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
 
 
 def attention_axes(lines):
@@ -276,10 +285,15 @@ def noise_tables(dataset, lines):
     """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
     names, severities = shared_corruptions(lines)
 
-    def errors(run):  # of each corruption, then their mean
-        means = [1 - statistics.fmean(run.noise[name][:severities]) for name in names]
-        return [*means, statistics.fmean(means)]
+    def error(run, names):  # the mean of some corruptions' errors
+        return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
 
+    def errors(run):  # of each corruption, then of all
+        return [error(run, [name]) for name in names] + [error(run, names)]
+
+    noises = [name for name in names if name in PIXEL_NOISES]
+    parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
+             "mean of all": names} if noises else {"mean of all": names}
     rows = []
     for line in lines:
         columns, pairs = list(zip(*map(errors, line.runs))), stats.pair_with_baseline(line, lines)
@@ -293,7 +307,8 @@ def noise_tables(dataset, lines):
         ["model", "seeds", *map(readable, names), "mean"], rows,
         f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + paired_table(
             f"{dataset}: difference in the mean test error", lines,
-            {"mean test error, points": (lambda run: 100 * errors(run)[-1], 2, False)})
+            {f"{what}, points": (lambda run, part=part: 100 * error(run, part), 2, False)
+             for what, part in parts.items() if part})
 
 
 def attention_tables(dataset, lines):
@@ -326,7 +341,7 @@ def make_tables(dataset, lines):
         "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
             "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
             "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
-        "noise-table": noise_tables(dataset, noise) if noise and shared_corruptions(noise)[0] else "",
+        "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",
     }
     return {name: table for name, table in tables.items() if table}
@@ -476,9 +491,10 @@ def label_ends(axes, number, ends):
                                                              alpha=0.4 * alpha, linewidth=0.7, relpos=(0, 0.5)))
 
 
-def draw_parameters(dataset, lines, published):
-    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, [(line, figures)],
-    once beside them and once alone, closer."""
+def draw_parameters(dataset, lines):
+    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, once beside them
+    and once alone, closer."""
+    published = published_in_front(dataset, lines)
     counts = [line.runs[0].summary["parameters"] for line in lines]
     gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
     places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
@@ -502,32 +518,36 @@ def draw_parameters(dataset, lines, published):
     return figure
 
 
-def draw_training(dataset, lines):
-    """{name: figure} of a data set's training."""
-    first_of = {line.model: line for line in reversed(lines) if line.front}
-    published = [(line, found) for line in reversed(first_of.values()) if (found := published_of(dataset, line))]
+def draw_val_loss(dataset, lines):
+    published = published_in_front(dataset, lines)
     note = f"\nhollow marks: published, one run of {published[0][1].epochs} epochs" if published else ""
-    charts = dict(parameters=draw_parameters(dataset, lines, published))
-    charts["val-loss"] = draw_curves(
-        f"{dataset}: validation loss{note}", "validation loss", "{:.3f}".format, lines, dict(val_loss=""),
-        [(line, figures.val_loss) for line, figures in published], skip=0.1)
-    charts["val-accuracy"] = draw_curves(f"{dataset}: validation accuracy", "validation accuracy", "{:.2%}".format,
-                                         lines, dict(val_accuracy=""), skip=0.1)
+    return draw_curves(f"{dataset}: validation loss{note}", "validation loss", "{:.3f}".format, lines,
+                       dict(val_loss=""), [(line, figures.val_loss) for line, figures in published], skip=0.1)
+
+
+def draw_val_accuracy(dataset, lines):
+    return draw_curves(f"{dataset}: validation accuracy", "validation accuracy", "{:.2%}".format, lines,
+                       dict(val_accuracy=""), skip=0.1)
+
+
+def draw_lambda(dataset, lines):
     blocks = {int(name[7:]) for line in lines for run in line.runs for name in run.metrics
               if re.fullmatch(r"lambda_\d+", name)}
-    if blocks:
-        charts["lambda"] = draw_curves(
-            f"{dataset}: lambda, the weight of the second attention map", "lambda", "{:.3f}".format,
-            keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks)),
-            {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
-    return charts
+    if not blocks:
+        return None
+    return draw_curves(f"{dataset}: lambda, the weight of the second attention map", "lambda", "{:.3f}".format,
+                       keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks)),
+                       {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
 
 
 # Charts of the analyses.
 
 def draw_noise(dataset, lines):
     """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
+    lines = keep_runs(lines, lambda run: run.noise)
     names, severities = shared_corruptions(lines)
+    if not names:
+        return None
     figure, panels = new_figure(f"{dataset}: trained without corruption, tested with it", lines, BAND,
                                 math.ceil(len(names) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
     for axes, name in zip(panels.flat, names):
@@ -551,6 +571,9 @@ def draw_attention(title, lines, figures):
 
     figures: {name in attention.csv: (its axis, how a value is written)}.
     """
+    lines = keep_runs(lines, lambda run: run.attention)
+    if not lines:
+        return None
     conditions, blocks = attention_axes(lines)
     texts = [readable(condition).replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(f"{title}\nmean of the heads over the test split", lines, INTERVAL, len(figures),
@@ -576,10 +599,24 @@ def draw_attention(title, lines, figures):
     return figure
 
 
+def draw_relevance(dataset, lines):
+    return draw_attention(
+        f"{dataset}: absolute weight of the class token on patches without any of the object, lower is better",
+        lines, dict(irrelevant_share=("share of its weight", "{:.0%}".format)))
+
+
+def draw_blocks(dataset, lines):
+    return draw_attention(f"{dataset}: the class token's row of the attention maps", lines, {
+        "entropy": ("entropy (nats)", "{:.1f}".format), "negative_share": ("negative weight", "{:.0%}".format),
+        "lambda": ("lambda", "{:.1f}".format)})
+
+
 def draw_maps(dataset, lines):
     """Eight images, and under them the class token's map in the last block of one run a line, with the outline of its
     image: of all lines in front, and of `vit` behind them."""
-    lines = [line for line in lines if line.front or line.model == BASELINE]
+    lines = [line for line in keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
+    if not lines:
+        return None
     figure = Figure(figsize=(11, 0.9 + 1.2 * (1 + len(lines))))
     top = 1 - 0.6 / figure.get_figheight()
     rows = figure.subplots(1 + len(lines), 1, gridspec_kw=dict(left=0.12, right=0.93, bottom=0.02, top=top,
@@ -614,35 +651,27 @@ def draw_row(axes, label, pictures, images, **options):
     return shown
 
 
-def make_charts(dataset, lines):
-    """{name: figure} of a data set."""
-    noise = keep_runs(lines, lambda run: run.noise)
-    attention = keep_runs(lines, lambda run: run.attention)
-    maps = keep_runs(lines, lambda run: run.maps)
-    charts = draw_training(dataset, lines)
-    if noise and shared_corruptions(noise)[0]:
-        charts["noise"] = draw_noise(dataset, noise)
-    if attention:
-        charts["relevance"] = draw_attention(
-            f"{dataset}: absolute weight of the class token on patches without any of the object, lower is better",
-            attention, dict(irrelevant_share=("share of its weight", "{:.0%}".format)))
-        charts["blocks"] = draw_attention(f"{dataset}: the class token's row of the attention maps", attention, {
-            "entropy": ("entropy (nats)", "{:.1f}".format), "negative_share": ("negative weight", "{:.0%}".format),
-            "lambda": ("lambda", "{:.1f}".format)})
-    if maps:
-        charts["maps"] = draw_maps(dataset, maps)
-    return charts
+# Each makes a figure of (data set, lines), or returns None where there is nothing to show.
+CHARTS = {"val-loss": draw_val_loss, "val-accuracy": draw_val_accuracy, "parameters": draw_parameters,
+          "lambda": draw_lambda, "noise": draw_noise, "relevance": draw_relevance, "blocks": draw_blocks,
+          "maps": draw_maps}
 
 
 # The command.
 
-def render(figure, file_format):
-    """A figure as the bytes of a file, the same at every call."""
-    content = io.BytesIO()
+def write_chart(out, file_format, dataset, lines, name):
+    """Write a chart, the same bytes at every call, and return its path; None where there is nothing to show."""
     options = dict(png=dict(pil_kwargs=dict(compress_level=1)), svg=dict(metadata={"Date": None}),
                    pdf=dict(metadata={"CreationDate": None}))
-    figure.savefig(content, format=file_format, facecolor="white", **options[file_format])
-    return content.getvalue()
+    path, content = out / f"{dataset}-{name}.{file_format}", io.BytesIO()
+    # axes.titley: without it matplotlib searches a place for each title, a tenth of the whole time.
+    with matplotlib.rc_context({"font.size": 11, "savefig.dpi": 150, "svg.hashsalt": "plot", "axes.titley": 1.0}):
+        figure = CHARTS[name](dataset, lines)
+        if figure is None:
+            return None
+        figure.savefig(content, format=file_format, facecolor="white", **options[file_format])
+    records.write_whole(path, content.getvalue())
+    return path
 
 
 def plot(folders, out, file_format, with_reference):
@@ -652,17 +681,18 @@ def plot(folders, out, file_format, with_reference):
         print(f"skipped {line}", file=sys.stderr)
     if not own and not reference:
         raise UserError(f"there is no finished run in {', '.join(map(str, folders))}: train one with train.py first")
+    datasets = arrange(own, reference)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
-    for dataset, lines in arrange(own, reference).items():
+    for dataset, lines in datasets.items():
         for name, table in make_tables(dataset, lines).items():
             print(table)
             records.write_whole(out / f"{dataset}-{name}.md", table)
-        for name, figure in make_charts(dataset, lines).items():
-            path = out / f"{dataset}-{name}.{file_format}"
-            records.write_whole(path, render(figure, file_format))
+    charts = [(dataset, lines, name) for dataset, lines in datasets.items() for name in CHARTS]
+    with ProcessPoolExecutor() as pool:
+        for path in filter(None, pool.map(functools.partial(write_chart, out, file_format), *zip(*charts))):
             print(path)
 
 
@@ -676,10 +706,7 @@ def main(argv=None):
     parser.add_argument("--no-reference", dest="reference", action="store_false",
                         help="do not draw the folders' reference runs")
     args = parser.parse_args(argv)
-    # A title at a given height is not looked for a place for, which would take as long as drawing.
-    with matplotlib.rc_context({"font.size": 11, "savefig.dpi": 150, "svg.hashsalt": "plot", "axes.titley": 1.0}):
-        return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format,
-                                   args.reference)
+    return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format, args.reference)
 
 
 if __name__ == "__main__":

@@ -348,9 +348,9 @@ def read_maps(folder):
 Run = namedtuple("Run", "folder settings facts metrics summary noise attention maps")
 
 
-def check_files(folder, sums):
+def check_files(folder, sums, names=CHARTED):
     """Raise a UserError that names the first file that is not the one whose checksum summary.json has."""
-    for path in (folder / name for name in CHARTED):
+    for path in (folder / name for name in names):
         with reading(path):
             if path.name in sums or path.exists():
                 check(zlib.crc32(path.read_bytes()) == sums.get(path.name), "summary.json has another checksum of it")
@@ -396,9 +396,19 @@ def is_finished(folder, settings):
     return (folder / "summary.json").exists()
 
 
+def read_stack(folder):
+    """The seeds that an unfinished run is trained side by side with, its own among them."""
+    settings, facts = read_config(folder)
+    with reading(folder / "config.json"):
+        stack = facts["stack"]
+        check(type(stack) is list and all(type(seed) is int for seed in stack), "stack is not a list of seeds")
+        check(settings["seed"] in stack, "the run is not in its own stack")
+        return stack
+
+
 def find_stacks(runs_dir, settings, seeds, size, overwrite):
-    """Which of the runs with these settings and seeds are still to be trained, as lists of at most `size` seeds to train
-    side by side. What was interrupted is resumed in the stack that it was in.
+    """Which of the runs with these settings and seeds are still to be trained, as lists of at most `size` seeds to
+    train side by side. What was interrupted is resumed in the stack that it was in.
 
     Raises:
         UserError: if that stack has other seeds, or a folder holds anything else.
@@ -409,7 +419,7 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
         if overwrite:
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
-            stack = read_config(folder)[1]["stack"] if (folder / "config.json").exists() else []
+            stack = read_stack(folder) if (folder / "config.json").exists() else []
             if not set(stack) <= set(seeds):
                 raise UserError(f"{folder} was interrupted in a stack of seeds: resume them together, with --seed "
                                 f"{' '.join(map(str, stack))}, or give --overwrite to start it afresh")

@@ -182,7 +182,7 @@ def test_losses_are_means_over_all_samples(tmp_path):
 
 
 def test_adamw_step():
-    """A step is AdamW (Loshchilov and Hutter 2019) on the clipped gradient of each seed; its first moves by lr * sign."""
+    """A step is AdamW (Loshchilov and Hutter 2019) on the clipped gradient of each seed: at first it is lr * sign."""
     stack, splits, settings = make_stack(
         "--optimizer", "adamw", "--no-augment", "--warmup", "0", "--decay", "0", "--weight-decay", "0.5", "--lr",
         "0.003", "--clip", "0.01", count=500, seeds=[0, 1])
@@ -287,7 +287,8 @@ def test_amp(precision, model):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_float16_overflow(optimizer):
-    """When float16 gradients overflow, the step is skipped as a whole: no weight and no state of the optimizer moves."""
+    """When float16 gradients overflow, the step is skipped as a whole: no weight and no state of the optimizer moves.
+    """
     stack, splits, settings = make_stack("--amp", "float16", "--optimizer", optimizer)
     batches, forward = train.train_stack(stack, splits, settings), stack.forward
 
@@ -308,10 +309,11 @@ def test_float16_overflow(optimizer):
     assert all(moved[0]) and not any(moved[1]) and all(moved[2]) and len(moved[2]) > len(stack.leaves)
 
 
-@pytest.mark.parametrize("model, dataset", [*itertools.product(MODELS, ["mnist", "clutteredmnist"]), ("vit", "cifar10")])
+@pytest.mark.parametrize("model, dataset", [
+    *itertools.product(MODELS, ["mnist", "clutteredmnist"]), ("vit", "cifar10")])
 def test_meta(monkeypatch, model, dataset):
-    """Training steps of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not the
-    CPU and waits for none of its values: on meta, with stand-ins for what torch does not have there."""
+    """Training steps of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not
+    the CPU and waits for none of its values: on meta, with stand-ins for what torch does not have there."""
     class Descent(torch.optim.Optimizer):
         def __init__(self, groups, **options):
             super().__init__(groups, {})
@@ -323,13 +325,13 @@ def test_meta(monkeypatch, model, dataset):
 
     monkeypatch.setattr(torch.optim, "AdamW", Descent)
     monkeypatch.setattr(torch, "autocast", lambda **precision: contextlib.nullcontext())
-    settings = settings_for("--batch-size", "3", "--rotation", "3", "--flip", "--dropout", "0.1", model=model,
-                            dataset=dataset)
+    settings = settings_for("--batch-size", "3", "--depth", "1", "--rotation", "3", "--flip", "--dropout", "0.1",
+                            model=model, dataset=dataset)
     split = meta_split(dataset)
     for seeds in ([0], [0, 1]):
         stack = train.Stack(settings, seeds, "", META)
-        for losses in itertools.islice(train.train_stack(stack, dict(train=split), settings), 2):
-            assert losses.is_meta and losses.shape == (len(seeds),)
+        losses = next(train.train_stack(stack, dict(train=split), settings))
+        assert losses.is_meta and losses.shape == (len(seeds),)
         assert all(leaf.is_meta for leaf in stack.leaves.values())
     model = analysis.make_model(settings).to(META).eval()
     (batch,) = data.evaluation_batches(split, settings)
@@ -341,7 +343,8 @@ def test_meta(monkeypatch, model, dataset):
 
 
 def test_shares_of_a_stack(tmp_path, monkeypatch):
-    """By a clock that ticks whenever it is read, the images of all seeds are counted, and each has its share of time."""
+    """The images of all seeds are counted, and each has its share of the time: by a clock that ticks when it is read.
+    """
     stack, splits, settings = make_stack("--epochs", "1", seeds=[0, 1], runs_dir=tmp_path)
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
     list(train.train_stack(stack, splits, settings))
@@ -352,8 +355,8 @@ def test_shares_of_a_stack(tmp_path, monkeypatch):
 # Compiled and captured.
 
 def test_when_to_compile(tmp_path, monkeypatch):
-    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided is
-    a fact of the run."""
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided
+    is a fact of the run."""
     monkeypatch.setattr(train, "COMPILED_STEPS", 220)  # an epoch of MNIST has 110 batches of 500
     monkeypatch.setattr(train, "compile_forward", lambda *arguments: True)
     end_at(monkeypatch, epoch=1)
@@ -384,14 +387,14 @@ def assert_compiled(compiled, plain):
 def test_compiled_losses(tmp_path):
     """Compiled and plain losses agree, of a stack with a smaller last batch."""
     for choice in ("no", "yes"):
-        assert command(*TINY, "--model", "vit", "--epochs", "1", "--head-hidden-dim", "0", "--compile", choice, "--runs-dir",
-                       tmp_path / choice) == 0
+        assert command(*TINY, "--model", "vit", "--epochs", "1", "--head-hidden-dim", "0", "--seed", "0", "1",
+                       "--compile", choice, "--runs-dir", tmp_path / choice) == 0
     assert_compiled(tmp_path / "yes", tmp_path / "no")
 
 
 def test_compiling_many_stacks(tmp_path, monkeypatch):
-    """More stacks are compiled in one process than torch compiles of one function, and the trial that begins each leaves
-    a model's buffers as they were. The compiler is a stand-in that takes what torch traces as it is."""
+    """More stacks are compiled in one process than torch compiles of one function, and the trial that begins each
+    leaves a model's buffers as they were. The compiler is a stand-in that takes what torch traces as it is."""
     class Counted(SelfAttention):
         def __init__(self, dim, num_heads, **kwargs):
             super().__init__(dim, num_heads, **kwargs)
@@ -404,40 +407,33 @@ def test_compiling_many_stacks(tmp_path, monkeypatch):
 
     monkeypatch.setitem(MODELS, "vitcounted", dict(attention=Counted))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for choice in ("no", "yes"):
-        assert command(*TINY, "--epochs", "1", "--model", "vitdiff", "vitcounted", "--seed", "0", "1", "--compile",
-                       choice, "--runs-dir", tmp_path / choice) == 0
+        with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+            assert command(*TINY, "--epochs", "1", "--model", "vitcounted", "--seed", "0", "1", "--compile", choice,
+                           "--runs-dir", tmp_path / choice) == 0
         weights = torch.load(tmp_path / choice / "mnist-vitcounted-seed1/best.pt", weights_only=True)
         assert weights["blocks.0.attn.calls"] == STEPS
     assert_compiled(tmp_path / "yes", tmp_path / "no")
 
 
 def test_without_a_compiler(tmp_path, monkeypatch, capsys):
-    """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without."""
-    flags = [*TINY, "--epochs", "1", "--model", "vit", "--runs-dir"]
-    process = launch("train.py", *flags, tmp_path / "yes", "--compile", "yes", CXX="/bin/false",
-                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-
-    def fail(*arguments):
-        raise torch._dynamo.exc.TorchDynamoException("no compiler")
-
+    """Where the C++ compiler fails, --compile yes is one line and exit 2, and auto is one line and trains without."""
     monkeypatch.setattr(train, "COMPILED_STEPS", 1)
-    monkeypatch.setattr(train.shutil, "which", lambda name: name)
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: fail)
-    assert command(*flags, tmp_path / "auto") == 0
-    out, err = capsys.readouterr()
-    assert [line.count("--compile") for line in out.splitlines() if "(no compiler)" in line] == [1] and err == ""
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # where nothing is compiled yet
+    with torch._inductor.config.patch({"cpp.cxx": ("/bin/false",)}):
+        for choice, status in [("auto", 0), ("yes", 2)]:
+            assert command(*TINY, "--model", "vit", "--epochs", "1", "--compile", choice, "--runs-dir",
+                           tmp_path / choice) == status
+            out, err = capsys.readouterr()
+            assert (out + err).count("--compile") == 1 and err.count("\n") == (choice == "yes")
     assert records.read_config(tmp_path / "auto/mnist-vit-seed0")[1]["compiled"] is False
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.count("\n") == 1 and "--compile" in err, err
     assert not list(tmp_path.glob("yes/*/*"))
 
 
 def test_capture(monkeypatch):
-    """A captured step runs as it is for the first three batches and for smaller ones; then its graph is replayed on each
-    batch's own images and labels. The graph is a stand-in, which repeats what was recorded in it."""
+    """A captured step runs as it is for the first three batches and for smaller ones; then its graph is replayed on
+    each batch's own images and labels. The graph is a stand-in, which repeats what was recorded in it."""
     recording = []
 
     class Graph:
@@ -521,7 +517,8 @@ def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
             ("vit", [], [[0, 1, 2]], ""), ("vit", ["--amp", "float16"], [[0], [1], [2]], "float16"),
             ("vitbuffered", [], [[0], [1], [2]], "buffers"), ("vitfrozen", [], [[0], [1], [2]], "frozen"),
             ("vitinplace", [], [[0], [1], [2]], "vmap")]:
-        args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir", str(tmp_path)])
+        args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir",
+                                  str(tmp_path)])
         (experiment,) = train.plan_experiments(args, CPU, None)
         assert train.unfinished_stacks(experiment, args) == expected
         out = capsys.readouterr().out
@@ -692,6 +689,8 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_splits", lambda *arguments: {
         name: cut(split, 201) for name, split in load_splits(*arguments).items()})
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
+    plan = train.plan_experiments(train.parse_flags(list(map(str, flags))), CPU, None)
+    monkeypatch.setattr(train, "plan_experiments", lambda *arguments: plan)  # which is the same each time
 
     def replace_or_end(source, target):
         if not next(countdown):
@@ -708,12 +707,13 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
         assert status == 130 and command(*flags, "--runs-dir", runs) == 0
         for seed in (0, 1):
             assert_same_run(*(folder / f"mnist-vitdiff-seed{seed}" for folder in (runs, tmp_path / "whole")))
-    assert number == 16  # config.json, args.txt, two of best.pt and metrics.csv and summary.json of each; two of last.pt
+    assert number == 16  # of each seed config.json, args.txt, summary.json, twice best.pt and metrics.csv; two last.pt
 
 
 def run_plugin(tmp_path, monkeypatch, source):
     """The path of a plugin; what it changes is as before when the test is over."""
-    for module, name in [(data, "load_splits"), (data, "draw_epoch"), (data, "get_batch"), (vit.ViT, "forward"), (train, "lr_factor")]:
+    for module, name in [(data, "load_splits"), (data, "draw_epoch"), (data, "get_batch"), (vit.ViT, "forward"),
+                         (train, "lr_factor")]:
         monkeypatch.setattr(module, name, getattr(module, name))
     path = tmp_path / "my plugin.py"
     path.write_text(source)
@@ -755,8 +755,8 @@ def end_at(monkeypatch, epoch):
 
 
 def test_a_stack_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
-    """Other seeds than those of an interrupted stack are refused by a line that names its seeds; more are trained beside
-    it, and finished ones are left alone."""
+    """Other seeds than those of an interrupted stack are refused by a line that names its seeds; more are trained
+    beside it, and finished ones are left alone."""
     flags = [*TINY, "--epochs", "2", "--runs-dir", tmp_path]
     with monkeypatch.context() as patch:
         end_at(patch, epoch=2)
@@ -924,6 +924,19 @@ def test_damaged_records(finished, tmp_path, capsys, name):
     assert untimed(folder) == untimed(finished)
 
 
+def test_damaged_stack(tmp_path, monkeypatch, capsys):
+    """Of an interrupted run, a config.json that does not say which seeds were side by side is named."""
+    path, flags = tmp_path / "mnist-vitdiff-seed0/config.json", [*TINY, "--runs-dir", tmp_path]
+    end_at(monkeypatch, epoch=1)
+    assert command(*flags) == 130
+    config = read_json(path)
+    capsys.readouterr()
+    for bad in ({}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=[0, "1"]), dict(stack=None)):
+        path.write_text(json.dumps(config | dict(facts=bad)))
+        assert command(*flags) == 2
+        assert_one_line(capsys, path, "--overwrite")
+
+
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_flipped_bits(finished, tmp_path, capsys, name):
     """A flipped bit in a checkpoint, wherever it is, is noticed, or changes nothing of what is read."""
@@ -1005,7 +1018,8 @@ def test_validation_loss_that_is_not_finite(tmp_path, capsys):
 
 
 def test_full_disk(tmp_path, capsys):
-    """A full disk is one line and loses nothing: a limit on the size of files, which a checkpoint exceeds, stands for it."""
+    """A full disk is one line and loses nothing. A limit on the size of files, which a checkpoint exceeds, stands for
+    it."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -1161,7 +1175,8 @@ WARN_IF_BUSY = train.warn_if_busy  # as it is outside of these tests
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_busy_cores(monkeypatch, capsys):
-    """A core that another process keeps busy is not idle; when fewer are idle than there are threads, a line says so."""
+    """A core that another process keeps busy is not idle; when fewer are idle than threads are used, a line says so.
+    """
     monkeypatch.setattr(torch, "get_num_threads", os.cpu_count)
     with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
                           stdout=subprocess.PIPE) as process:
@@ -1199,10 +1214,10 @@ def test_two_processes(tmp_path, monkeypatch):
     assert process.returncode != 0 and not (folders[0] / "summary.json").exists()
     assert [len(untimed(folder)) for folder in folders] == [2, 2]
     process = torchrun(*flags, "--runs-dir", tmp_path / "two")
+    assert command(*flags, "--runs-dir", tmp_path / "one") == 0  # meanwhile
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("resumed after epoch 2 of 4") == 2 and out.count(" epoch 4/4 ") == 2  # one process writes
-    assert command(*flags, "--runs-dir", tmp_path / "one") == 0
     for two in folders:
         one = tmp_path / "one" / two.name
         assert records.read_config(two)[1]["processes"] == 2
@@ -1284,7 +1299,7 @@ def test_cuda_captured_losses(cuda, tmp_path, seeds, amp):
 @needs_cuda
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
 def test_cuda_captured_dropout(cuda, seeds):
-    """Each replay of a captured step drops out anew: with weights that stay and images that are equal, losses differ."""
+    """Each replay of a captured step drops out anew: losses differ although weights stay and images are equal."""
     stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=4_000,
                                          seeds=seeds, device=cuda, captured=True)
     images, labels = splits["train"]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.datasets import CIFAR10, MNIST
 
 import data
 from data import DATASETS, Split, load_splits
@@ -43,6 +46,16 @@ def meta_split(dataset):
     side = row.get("object_size", row["image_size"])
     return Split(torch.zeros(5, row["in_channels"], side, side, dtype=torch.uint8, device=META),
                  torch.zeros(5, dtype=torch.long, device=META))
+
+
+class OnOneDevice(TorchDispatchMode):
+    """No operation but a copy has tensors of meta and of the CPU, which meta itself lets pass in places."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "copy" not in function.__name__:
+            tensors = [leaf for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+            assert len({tensor.device for tensor in tensors}) <= 1, f"{function} of tensors on different devices"
+        return function(*args, **(kwargs or {}))
 
 
 def settings_of(dataset, **overrides):
@@ -82,15 +95,18 @@ def sorted_images(images):
     return sorted(pixels[i:i + 784] for i in range(0, len(pixels), 784))
 
 
-def test_archives_and_splits(tmp_path, no_network):
-    """Two commands started together extract the archives without a network, and draw the same splits of all images."""
-    raw, results = link_archives(tmp_path), []
+def test_archives_and_splits(tmp_path, no_network, monkeypatch):
+    """Of two commands started together one extracts the archives, without a network; both draw the same splits of all
+    images."""
+    raw, results, extractions, download = link_archives(tmp_path), [], [], MNIST.download
+    monkeypatch.setattr(MNIST, "download", lambda dataset: extractions.append(download(dataset)))
     threads = [threading.Thread(target=lambda: results.append(data.load_splits("mnist", tmp_path, CPU)))
                for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(extractions) == 1
     assert {name: len(split.labels) for name, split in mnist().items()} == {
         "train": 55_000, "val": 5_000, "test": 10_000}
     first, second = results
@@ -151,7 +167,6 @@ def test_missing_data(tmp_path, no_network, dataset, archive, folder):
 def test_cifar10(tmp_path, no_network, monkeypatch):
     """CIFAR-10 is extracted and split, and a damaged part is named: random images in its layout, with torchvision's
     checksums set to theirs."""
-    from torchvision.datasets import CIFAR10
     sums, generator = {}, torch.Generator().manual_seed(0)
     staging, folder = tmp_path / "cifar-10-batches-py", tmp_path / "data"
     staging.mkdir()
@@ -460,7 +475,8 @@ def test_corruptions_on_any_device(monkeypatch, dataset):
     """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))  # photons are counted there
     for name in data.CORRUPTIONS:
-        ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
+        with OnOneDevice():
+            ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
         assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
 
 

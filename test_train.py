@@ -31,7 +31,7 @@ import records
 import train
 import vit
 from data import DATASETS, Split
-from test_data import CPU, HERE, META, cut, meta_split, mnist, original
+from test_data import CPU, HERE, META, OnOneDevice, cut, meta_split, mnist, original
 from vit import MODELS, SelfAttention, build_model
 
 TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
@@ -256,8 +256,13 @@ def test_a_seed_in_a_stack_is_the_seed_alone(monkeypatch, model, optimizer):
     assert (losses[0][0] - losses[0][1]).abs().max() > 0.01  # and not of one another
 
 
+def repeat_image(split):
+    """A split of as many times its first image."""
+    return Split(*(part[:1].expand_as(part).contiguous() for part in split))
+
+
 def test_dropout_of_a_stack():
-    """Each seed of a stack drops out on its own, and differently in each epoch."""
+    """Each seed of a stack drops out on its own, and anew at each step of each epoch."""
     torch.manual_seed(0)
     model, images = build_model("vit", dropout=0.5), torch.randn(1, 4, 1, 28, 28).expand(2, -1, -1, -1, -1)
     weights = {name: parameter.detach().expand(2, *parameter.shape) for name, parameter in model.named_parameters()}
@@ -265,22 +270,30 @@ def test_dropout_of_a_stack():
     assert not torch.equal(first, second)
     first, second = train.stack_logits(model.eval(), weights, images)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=500)
-    first = first_losses(stack, splits, settings)
+    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=1_000)
+    splits["train"] = repeat_image(splits["train"])
+    losses = first_losses(stack, splits, settings)
+    assert torch.equal(losses, first_losses(stack, splits, settings))
     stack.metrics[0].append(None)  # as after the first epoch
-    assert not torch.equal(first, first_losses(stack, splits, settings))
+    losses = torch.cat([losses, first_losses(stack, splits, settings)]).flatten().tolist()
+    assert len(set(losses)) == 4  # of two batches each
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("model", ["vit", "vitdiff", "vitdiffv2"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_amp(precision, model):
-    """In half precision the losses are close to those in float32, and the weights stay float32."""
-    losses = {}
+    """In half precision losses are close to those in float32, the optimizer's averages of gradients are as large, and
+    the weights stay float32."""
+    losses, averages = {}, {}
     for amp in ("off", precision):
         stack, splits, settings = make_stack("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model)
         losses[amp] = first_losses(stack, splits, settings)
+        averages[amp] = [stack.optimizer.state[leaf][name] for leaf, name in zip(
+            stack.leaves.values(), ("momentum_buffer", "exp_avg"), strict=True)]
         assert all(leaf.dtype == torch.float32 for leaf in stack.leaves.values())
+    for plain, half in zip(*averages.values()):
+        assert plain.norm() / 5 < half.norm() < 5 * plain.norm()
     assert not torch.equal(losses["off"], losses[precision])
     torch.testing.assert_close(losses["off"], losses[precision], rtol=0.02, atol=0)
 
@@ -330,16 +343,18 @@ def test_meta(monkeypatch, model, dataset):
     split = meta_split(dataset)
     for seeds in ([0], [0, 1]):
         stack = train.Stack(settings, seeds, "", META)
-        losses = next(train.train_stack(stack, dict(train=split), settings))
+        with OnOneDevice():
+            losses = next(train.train_stack(stack, dict(train=split), settings))
         assert losses.is_meta and losses.shape == (len(seeds),)
         assert all(leaf.is_meta for leaf in stack.leaves.values())
     model = analysis.make_model(settings).to(META).eval()
-    (batch,) = data.evaluation_batches(split, settings)
-    assert all(result.is_meta for result in analysis.evaluate_batch(model, *batch, settings))
-    assert all(value.is_meta for value in model.mean_lambdas(batch[0]))
-    condition = list(analysis.attention_conditions(settings).values())[-1]
-    (batch,) = analysis.attention_batches(split, settings, *condition)
-    assert all(figures.is_meta for figures in analysis.sum_attention(model, *batch))
+    with OnOneDevice():
+        (batch,) = data.evaluation_batches(split, settings)
+        results = [*analysis.evaluate_batch(model, *batch, settings), *model.mean_lambdas(batch[0])]
+        condition = list(analysis.attention_conditions(settings).values())[-1]
+        (batch,) = analysis.attention_batches(split, settings, *condition)
+        results += analysis.sum_attention(model, *batch)
+    assert all(result.is_meta for result in results)
 
 
 def test_shares_of_a_stack(tmp_path, monkeypatch):
@@ -408,7 +423,8 @@ def test_compiling_many_stacks(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "vitcounted", dict(attention=Counted))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for choice in ("no", "yes"):
-        with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
+                                         fail_on_recompile_limit_hit=True):
             assert command(*TINY, "--epochs", "1", "--model", "vitcounted", "--seed", "0", "1", "--compile", choice,
                            "--runs-dir", tmp_path / choice) == 0
         weights = torch.load(tmp_path / choice / "mnist-vitcounted-seed1/best.pt", weights_only=True)
@@ -704,7 +720,9 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
             status = command(*flags, "--runs-dir", runs)
         if status == 0:
             break
+        finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
         assert status == 130 and command(*flags, "--runs-dir", runs) == 0
+        assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
         for seed in (0, 1):
             assert_same_run(*(folder / f"mnist-vitdiff-seed{seed}" for folder in (runs, tmp_path / "whole")))
     assert number == 16  # of each seed config.json, args.txt, summary.json, twice best.pt and metrics.csv; two last.pt
@@ -1302,8 +1320,7 @@ def test_cuda_captured_dropout(cuda, seeds):
     """Each replay of a captured step drops out anew: losses differ although weights stay and images are equal."""
     stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=4_000,
                                          seeds=seeds, device=cuda, captured=True)
-    images, labels = splits["train"]
-    splits["train"] = Split(images[:1].expand_as(images).contiguous(), labels[:1].expand_as(labels).contiguous())
+    splits["train"] = repeat_image(splits["train"])
     losses = first_losses(stack, splits, settings)
     assert losses.shape == (len(seeds), 8) and losses.isfinite().all()
     assert all(len(set(of_seed.tolist())) == 8 for of_seed in losses)

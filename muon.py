@@ -24,11 +24,12 @@ def orthogonalize(matrices, steps=5):
         gram = torch.cat([x @ x.mT if x.shape[1] == side else x.mT @ x for x in (matrices[i] for i in members)])
         squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-14).view(-1, 1, 1)
         gram, product = gram / squared_norm, squared_norm.rsqrt()
-        for _ in range(steps):
+        for step in range(steps):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=1, dim2=2).add_(a)
             product = factor @ product if product.shape[1] > 1 else factor * product
-            gram = factor @ gram @ factor
+            if step < steps - 1:
+                gram = factor @ gram @ factor
         for i, factor in zip(members, product.chunk(len(members))):
             result[i] = factor @ matrices[i] if matrices[i].shape[1] == side else matrices[i] @ factor
     return result

@@ -1,4 +1,4 @@
-"""Claims about the committed runs: what repeats them, what their weights give today, and what the READMEs say of them."""
+"""Claims about the committed runs: what repeats them, what their weights give today, what the READMEs say of them."""
 
 import hashlib
 import itertools
@@ -114,7 +114,7 @@ def accuracy(run):
 
 
 def noise_error(run):
-    return 100 * statistics.fmean(1 - value for name in ("gaussian_noise", "impulse_noise") for value in run.noise[name])
+    return 100 * statistics.fmean(1 - value for name in plot.PIXEL_NOISES for value in run.noise[name])
 
 
 def test_the_answer():
@@ -172,7 +172,8 @@ def test_tuning_effort():
         for column in zip(*cells):
             runs = [re.search(r"\((\d+)\)", cell) for cell in column if re.search(r"\d", cell)]
             counts.append(sum(int(found[1]) if found else 1 for found in runs))
-    sentence = "hold {} runs of `vit` and {} of `vitdiff` before bicubic interpolation, {} and {} after it, and {} and {} in"
+    sentence = ("hold {} runs of `vit` and {} of `vitdiff` before bicubic interpolation, {} and {} after it, and {} and "
+                "{} in")
     assert sentence.format(*counts) in " ".join(text.split())
 
 
@@ -185,7 +186,8 @@ def test_an_attention_of_ones_own(tmp_path):
     shutil.copytree(HERE / "runs/reference", runs / "reference", ignore=shutil.ignore_patterns("*.png", "cluttered*"))
 
     def run(*arguments):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True, check=True)
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                              check=True)
 
     run("train.py", "--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", "--seed", "0", "1", *TINY,
         "--epochs", "1", "--runs-dir", runs)

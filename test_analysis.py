@@ -146,7 +146,7 @@ def test_lambda(name):
 
 # The command.
 
-def analyse(*flags):
+def run_analysis(*flags):
     return command("--device", "cpu", *flags, main=analysis.main)
 
 
@@ -185,7 +185,7 @@ def test_analysis_again(finished, tmp_path, capsys):
     folder = copy_run(finished, tmp_path)
     for name in records.ANALYSIS:
         (folder / name).unlink()
-    assert analyse(folder) == 0
+    assert run_analysis(folder) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "test loss" in line]
     assert [line[0] for line in lines] == ["again", "recorded"] and lines[0][1:] == lines[1][1:]
     assert f"{read_json(finished / 'summary.json')['test_loss']:.6f}" in lines[0]
@@ -208,7 +208,7 @@ def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
 
     numbers, config = itertools.count(), (finished / "config.json").read_text()
     summary = records.read_summary(finished)
-    assert analyse("nowhere") == 2
+    assert run_analysis("nowhere") == 2
     assert_one_line(capsys, "nowhere/config.json")
     for name, content, *words in [
             ("summary.json", None), ("summary.json", "{}"), ("best.pt", None), ("best.pt", "mine"),
@@ -221,15 +221,15 @@ def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
         if words:  # as of a run whose checksums are those of this file
             records.write_summary(folder, summary)
         before = {path: path.read_bytes() for path in folder.iterdir()}
-        assert analyse(folder) == 2, (name, content)
+        assert run_analysis(folder) == 2, (name, content)
         assert_one_line(capsys, *(words or [folder / name]))
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
     with records.locked(finished):
-        assert analyse(finished) == 2
+        assert run_analysis(finished) == 2
     assert_one_line(capsys, finished)
     for flags, words in [([], ["RUN"]), ([finished, "--device", "gpu"], ["gpu", "--device auto"]),
                          ([finished, "--epochs", "3"], ["--epochs"])]:
-        assert analyse(*flags) == 2
+        assert run_analysis(*flags) == 2
         assert_one_line(capsys, "analysis.py: error: ", *words)
 
 
@@ -242,7 +242,7 @@ def test_bugs_keep_their_traceback_in_the_analysis(tmp_path, monkeypatch, where)
     assert command(*TINY, "--epochs", "1", "--model", "vitbug", "--runs-dir", tmp_path) == 0
     monkeypatch.setattr(Misshapen, "where", where)
     with pytest.raises(RuntimeError, match="shape") as error:
-        analyse(tmp_path / "mnist-vitbug-seed0")
+        run_analysis(tmp_path / "mnist-vitbug-seed0")
     assert any(entry.name == where for entry in error.traceback)
 
 
@@ -271,7 +271,7 @@ train.lr_factor = lambda *arguments: 0.5
 """
 
 
-def test_an_attention_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_plugin_as_a_user_has_it(tmp_path, monkeypatch, capsys):
     """As a user does it: a plugin adds a row to MODELS and changes the program that runs, the run is trained and
     analysed with it, and analysed again with its own copy, whatever became of the file."""
     path, folder = run_plugin(tmp_path, monkeypatch, MINE), tmp_path / "runs/mnist-vitmean-seed0"
@@ -285,16 +285,16 @@ def test_an_attention_of_ones_own(tmp_path, monkeypatch, capsys):
     path.write_text("1 / 0")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setitem(MODELS, "vitmean", None)  # whatever this process had there
-    assert analyse(folder) == 0
+    assert run_analysis(folder) == 0
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     capsys.readouterr()
     other = copy_run(folder, tmp_path / "other")
     records.write_config(other, read_json(folder / "config.json")["settings"] | dict(plugin=None), {})
-    assert analyse(folder, other) == 2
+    assert run_analysis(folder, other) == 2
     assert_one_line(capsys, "plugin")
     for content in (MINE + "\n", None):
         (folder / path.name).write_text(content) if content else (folder / path.name).unlink()
-        assert analyse(folder) == 2
+        assert run_analysis(folder) == 2
         assert_one_line(capsys, folder / path.name)
 
 

@@ -115,10 +115,10 @@ def evaluate_batch(model, images, labels, settings):
 
 
 @torch.inference_mode()
-def evaluate(model, split, settings, corruption=None, severity=0):
-    """Mean loss and accuracy over all images of a split, in float32."""
+def evaluate(model, split, settings, *corrupted):
+    """Mean loss and accuracy over all images of a split, in float32; corrupted: as for data.evaluation_batches."""
     model.eval()
-    batches = data.evaluation_batches(split, settings, corruption, severity)
+    batches = data.evaluation_batches(split, settings, *corrupted)
     sums = [evaluate_batch(model, images, labels, settings) for images, labels in batches]
     return [sum(torch.stack(column).tolist()) / len(split.labels) for column in zip(*sums)]
 
@@ -131,7 +131,7 @@ def measure_lambdas(model, split, settings):
     return [torch.stack(block).mean().item() for block in zip(*batches)]
 
 
-# What the class token attends to.
+# What the class token attends to, and what noise does.
 
 def attention_conditions(settings):
     """What images the attention is measured on: {name: (settings, corruption, severity)}."""
@@ -143,17 +143,11 @@ def attention_conditions(settings):
             | {f"{name}_3": (settings, name, 3) for name in ("gaussian_noise", "distractors")})
 
 
-def has_ink(pixels, patch_size):
-    """Which patches have any pixel that is not black: (B, C, H, W) -> (B, H W / patch_size^2)."""
-    return F.max_pool2d(pixels.amax(1, keepdim=True), patch_size).flatten(1) > 0
-
-
 def attention_batches(split, settings, shown, corruption, severity):
     """A split in its own order, by the settings `shown` of attention_conditions: normalised images (B, C, H, W), and
     which of their patches have any of the object, and anything at all, (B, P)."""
-    for (first, pixels), (_, alone) in zip(data.evaluation_pixels(split, shown),
-                                           data.evaluation_pixels(split, shown | dict(distractors=0))):
-        relevant, ink = (has_ink(image, settings["patch_size"]) for image in (alone, pixels))
+    for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
+        relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
         images = data.normalize(data.corrupt(pixels, corruption, severity, first, split), settings["dataset"])
         yield from data.cache_sized(images, relevant, ink)
 
@@ -217,13 +211,20 @@ def picture_attention(model, split, settings):
                 **{f"map_{block}": attention_map.half().cpu().numpy() for block, attention_map in enumerate(maps)})
 
 
+def measure_noise(model, split, settings):
+    """The rows of noise.csv: each corruption of whole images, and Gaussian noise on a part of their patches."""
+    corruptions = {name: (name, None) for name in data.CORRUPTIONS}
+    corruptions |= {name: ("gaussian_noise", part) for part, name in records.PARTIAL_NOISE.items()}
+    rows = []
+    for (name, (corruption, part)), severity in itertools.product(corruptions.items(), range(1, 6)):
+        loss, accuracy = evaluate(model, split, settings, corruption, severity, part)
+        rows.append(dict(corruption=name, severity=severity, test_loss=loss, test_accuracy=accuracy))
+    return rows
+
+
 def analyse(folder, model, split, settings):
     """Write noise.csv, what corruption does to a trained model, and attention.csv and .npz, what it attends to."""
-    rows = []
-    for corruption, severity in itertools.product(data.CORRUPTIONS, range(1, 6)):
-        loss, accuracy = evaluate(model, split, settings, corruption, severity)
-        rows.append(dict(corruption=corruption, severity=severity, test_loss=loss, test_accuracy=accuracy))
-    records.write_csv(folder / "noise.csv", rows)
+    records.write_csv(folder / "noise.csv", measure_noise(model, split, settings))
     records.write_csv(folder / "attention.csv", measure_attention(model, split, settings))
     records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
 

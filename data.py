@@ -5,6 +5,7 @@ All random numbers are drawn on the CPU from seeds of their own, so that they ar
 """
 
 import functools
+import itertools
 import math
 import struct
 import zlib
@@ -293,11 +294,35 @@ def evaluation_pixels(split, settings):
         yield first, clutter(split.images[index].float(), index, draws[index], split, settings["dataset"])
 
 
-def evaluation_batches(split, settings, corruption=None, severity=0):
-    """A split in its own order: pairs of normalised images (B, C, H, W) and labels (B,)."""
-    for first, pixels in evaluation_pixels(split, settings):
-        images = normalize(corrupt(pixels, corruption, severity, first, split), settings["dataset"])
+def object_pixels(split, settings):
+    """The same images as evaluation_pixels, with the object alone: no distractors."""
+    return (pixels for _, pixels in evaluation_pixels(split, settings | dict(distractors=0)))
+
+
+def has_ink(pixels, patch_size):
+    """Which patches have any pixel that is not black: (B, C, H, W) -> (B, H W / patch_size^2)."""
+    return F.max_pool2d(pixels.amax(1, keepdim=True), patch_size).flatten(1) > 0
+
+
+def evaluation_batches(split, settings, corruption=None, severity=0, part=None):
+    """A split in its own order: pairs of normalised images (B, C, H, W) and labels (B,).
+
+    part: where images are corrupted. "relevant" is the patches with any of the object, "irrelevant" the others, None
+    the whole image; the random numbers are the same.
+    """
+    objects = object_pixels(split, settings) if part else itertools.repeat(None)
+    for (first, pixels), alone in zip(evaluation_pixels(split, settings), objects):
+        corrupted = corrupt(pixels, corruption, severity, first, split)
+        if part:
+            corrupted = torch.where(on_part(part, alone, settings["patch_size"]), corrupted, pixels)
+        images = normalize(corrupted, settings["dataset"])
         yield from cache_sized(images, split.labels[first:first + len(images)])
+
+
+def on_part(part, alone, patch_size):
+    """Which pixels (B, 1, H, W) are in relevant, or else in irrelevant patches; alone: the object (B, C, H, W)."""
+    relevant = has_ink(alone, patch_size).view(len(alone), 1, -1, alone.shape[3] // patch_size)
+    return (relevant == (part == "relevant")).repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 
 def cache_sized(*tensors):

@@ -45,6 +45,8 @@ SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTI
 SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 METRICS = ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
            "images_per_second"]  # columns of metrics.csv, and lambda_0, lambda_1, ... of the differential blocks
+# Corruptions in noise.csv, besides those of whole images: {part of the image: name}.
+PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
                      "signal_to_noise"]
 

@@ -157,7 +157,8 @@ def test_the_analysis_is_of_the_best_weights(finished):
     model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
     noise = table(finished / "noise.csv")
     assert [(row["corruption"], row["severity"]) for row in noise] == [
-        (name, str(severity)) for name in data.CORRUPTIONS for severity in range(1, 6)]
+        (name, str(severity)) for name in [*data.CORRUPTIONS, *records.PARTIAL_NOISE.values()]
+        for severity in range(1, 6)]
     (row,) = [row for row in noise if (row["corruption"], row["severity"]) == ("distractors", "4")]
     corrupted = torch.cat([data.corrupt(part.float(), "distractors", 4, 1_000 * i, test)
                            for i, part in enumerate(test.images.split(1_000))])
@@ -237,7 +238,7 @@ def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
 def test_bugs_keep_their_traceback_in_the_analysis(tmp_path, monkeypatch, where):
     """A bug in a user's attention is raised as it is when a run is analysed."""
     monkeypatch.setitem(MODELS, "vitbug", dict(attention=Misshapen))
-    monkeypatch.setattr(data, "CORRUPTIONS", dict(blur=data.CORRUPTIONS["blur"]))
+    monkeypatch.setattr(data, "CORRUPTIONS", dict(gaussian_noise=data.CORRUPTIONS["gaussian_noise"]))
     monkeypatch.setattr(Misshapen, "where", "nowhere")
     assert command(*TINY, "--epochs", "1", "--model", "vitbug", "--runs-dir", tmp_path) == 0
     monkeypatch.setattr(Misshapen, "where", where)

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import hashlib
+import itertools
 import math
 import pickle
 import shutil
@@ -470,13 +471,33 @@ def test_corruptions_are_their_table(severity):
     torch.testing.assert_close(on(77, "blur"), torch.full((400, 1, 28, 28), 77.0), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist"])
+def test_noise_on_a_part(dataset):
+    """Noise on relevant patches alone changes no pixel of the others, noise on irrelevant patches none of these, and
+    together they are the noise of the whole image; what has ink of the object is relevant."""
+    split, settings = cut(mnist()["test"], 1_100), settings_of(dataset)
+    clean, whole, relevant, irrelevant = (
+        torch.cat([images for images, _ in data.evaluation_batches(split, settings, *corrupted)])
+        for corrupted in [(), ("gaussian_noise", 3), ("gaussian_noise", 3, "relevant"),
+                          ("gaussian_noise", 3, "irrelevant")])
+    alone = torch.cat([pixels for _, pixels in data.evaluation_pixels(split, settings | dict(distractors=0))])
+    side = settings["patch_size"]
+    for i, j in itertools.product(range(clean.shape[2] // side), repeat=2):
+        patch = (slice(None), slice(None), slice(side * i, side * (i + 1)), slice(side * j, side * (j + 1)))
+        has_object = alone[patch].flatten(1).sum(1) > 0
+        for images, noisy in [(relevant, has_object), (irrelevant, ~has_object)]:
+            assert torch.equal(images[patch][noisy], whole[patch][noisy])
+            assert torch.equal(images[patch][~noisy], clean[patch][~noisy])
+    assert not torch.equal(relevant, whole) and not torch.equal(irrelevant, whole)
+
+
 @pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist", "cifar10"])
 def test_corruptions_on_any_device(monkeypatch, dataset):
     """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))  # photons are counted there
-    for name in data.CORRUPTIONS:
+    for name, part in [*((name, None) for name in data.CORRUPTIONS), ("gaussian_noise", "relevant")]:
         with OnOneDevice():
-            ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
+            ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3, part)
         assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
 
 

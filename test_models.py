@@ -7,11 +7,14 @@ Formulas are written out here in plain loops and float64.
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import records
+import vit
 from diff_attention import DiffAttention, DiffAttentionV2, SizeError, differential_attention
 from muon import Muon, group_parameters
 from vit import MODELS, SelfAttention, ViT, build_model
@@ -159,6 +162,54 @@ def test_keep_is_optional():
     keeping = randomize(ViT())
     keeping.load_state_dict(plain.state_dict())
     torch.testing.assert_close(plain(images), keeping(images), rtol=0, atol=1e-12)
+
+
+# The controls, each one change away from one of these.
+
+CONTROLS = {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162, "vitheadnorm": 33_066,
+            "vitdiffnonorm": 37_258}
+
+
+def control_by_hand(name, weights, x, depth):
+    """The maps and the output of a control's attention with tokens x (B, N, 32), from its state dict."""
+    heads = 4 if name == "vitheads" else 2
+    maps, out = self_by_hand(weights, x, heads) if weights["qkv.weight"].shape[0] == 96 else (None, None)
+    if name in ("vitheads", "vitmatched"):
+        return maps, out
+    if name == "vitsum":
+        q, k, _ = weights["qkv.weight"].split([64, 32, 32])
+        branches = [self_by_hand(weights | {"qkv.weight": torch.cat([
+            torch.cat([q[32 * h + 16 * b:32 * h + 16 * (b + 1)] for h in (0, 1)]), k, k])}, x, 2)[0] for b in (0, 1)]
+        maps = branches[0] + torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None] * branches[1]
+    if name == "vitcentered":
+        maps = maps - torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None] / x.shape[1]
+    if name == "vitdiffnonorm":
+        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[0]
+    values = [(x @ weights["qkv.weight"][-32:].T)[..., 16 * h:16 * (h + 1)] for h in (0, 1)]
+    outs = [maps[:, h] @ values[h] for h in (0, 1)]
+    if name == "vitheadnorm":
+        outs = [out / (out.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["sub_norm.weight"] for out in outs]
+    return maps, linear(weights, "proj", torch.cat(outs, -1))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls(monkeypatch, name):
+    """Each control has the parameters that its file says, and its attention, map and first tokens are its formula's."""
+    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
+    records.execute_plugin(Path(__file__).parent / "runs/controls/plugin.py")
+    assert set(vit.MODELS) - set(MODELS) == set(CONTROLS)
+    model = build_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[name]
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 32).double()
+    for depth, block in enumerate(model.blocks):
+        attn = randomize(block.attn)
+        maps, out = control_by_hand(name, attn.state_dict(), x, depth)
+        torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(attn(x, keep=2), out[:, :2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(attn.attention_map(x), maps, rtol=0, atol=1e-12)
+        if hasattr(attn, "mean_lambda"):
+            torch.testing.assert_close(attn.mean_lambda(x), 1 - maps.sum(-1).mean(), rtol=0, atol=1e-12)
 
 
 # The models.

@@ -48,12 +48,14 @@ def test_reference_weights(tmp_path, monkeypatch, capsys):
     again, before = ([float(word.rstrip("%")) for word in line.split() if word[0].isdigit()]
                      for line in capsys.readouterr().out.splitlines() if "test loss" in line)
     assert again == [pytest.approx(before[0], abs=1e-4), pytest.approx(before[1], abs=0.02)]
-    for name, tolerance in [("noise.csv", 1e-3), ("attention.csv", 1e-3)]:
-        expected_rows = [row for row in table(recorded / name) if row.get("corruption", "distractors") in corruptions]
-        for row, expected in zip(table(folder / name), expected_rows, strict=True):
+    for name in ("noise.csv", "attention.csv"):
+        found, expected_rows = (
+            [row for row in table(place / name) if row.get("corruption", "distractors") in corruptions]
+            for place in (folder, recorded))
+        for row, expected in zip(found, expected_rows, strict=True):
             for column, text in expected.items():
                 if column != "signal_to_noise":  # a ratio of two of the others
-                    assert row[column] == text or float(row[column]) == pytest.approx(float(text), abs=tolerance)
+                    assert row[column] == text or float(row[column]) == pytest.approx(float(text), abs=1e-3)
 
 
 def test_reference_runs():
@@ -172,8 +174,8 @@ def test_tuning_effort():
         for column in zip(*cells):
             runs = [re.search(r"\((\d+)\)", cell) for cell in column if re.search(r"\d", cell)]
             counts.append(sum(int(found[1]) if found else 1 for found in runs))
-    sentence = ("hold {} runs of `vit` and {} of `vitdiff` before bicubic interpolation, {} and {} after it, and {} and "
-                "{} in")
+    sentence = ("hold {} runs of `vit` and {} of `vitdiff` before bicubic interpolation, {} and {} after it, and {} "
+                "and {} in")
     assert sentence.format(*counts) in " ".join(text.split())
 
 

@@ -4,6 +4,7 @@ Most runs here have models of a few parameters, and the first 2,001 images of ea
 """
 
 import contextlib
+import copy
 import csv
 import functools
 import io
@@ -158,6 +159,14 @@ def first_losses(stack, splits, settings):
     return torch.stack([losses.clone().cpu() for losses in batches], dim=1)
 
 
+class Buffered(SelfAttention):
+    """Self-attention with a buffer."""
+
+    def __init__(self, dim, num_heads, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        self.register_buffer("scale", torch.ones(()))
+
+
 # The loop.
 
 def loss_by_hand(model, split, settings):
@@ -171,8 +180,9 @@ def loss_by_hand(model, split, settings):
 
 def test_losses_are_means_over_all_samples(tmp_path):
     """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch."""
-    stack, splits, settings = make_stack("--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1", seeds=[0, 5],
-                                         count=1_845, runs_dir=tmp_path)
+    stack, splits, settings = make_stack(
+        "--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1", "--label-smoothing", "0.3", seeds=[0, 5],
+        count=1_845, runs_dir=tmp_path)
     assert len(list(train.train_stack(stack, splits, settings))) == 4
     for seed, (row,) in zip([0, 5], stack.metrics):
         model = analysis.make_model(settings | dict(seed=seed))
@@ -198,6 +208,15 @@ def test_adamw_step():
             gradient = weight.grad * 0.01 / norm
             expected = weight * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradient / (gradient.abs() + 1e-8)
             torch.testing.assert_close(stack.state_dict(i)[name], expected.detach(), rtol=0, atol=1e-4, msg=name)
+
+
+def test_clipping():
+    """The gradient of a seed is scaled to the maximum norm over all leaves, and left alone if it is smaller."""
+    leaves = [torch.zeros(2, 3), torch.zeros(2, 1)]
+    leaves[0].grad, leaves[1].grad = torch.tensor([[0.3, 0, 0], [0, 30, 0]]), torch.tensor([[0.4], [40.0]])
+    train.clip_gradients(leaves, 2.0)
+    torch.testing.assert_close(leaves[0].grad, torch.tensor([[0.3, 0, 0], [0, 1.2, 0]]))
+    torch.testing.assert_close(leaves[1].grad, torch.tensor([[0.4], [1.6]]))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -527,11 +546,6 @@ def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
             super().__init__(dim, num_heads, **kwargs)
             self.proj.requires_grad_(False)
 
-    class Buffered(SelfAttention):
-        def __init__(self, dim, num_heads, **kwargs):
-            super().__init__(dim, num_heads, **kwargs)
-            self.register_buffer("scale", torch.ones(()))
-
     for name, attention in [("inplace", InPlace), ("frozen", Frozen), ("buffered", Buffered)]:
         monkeypatch.setitem(MODELS, f"vit{name}", dict(attention=attention))
     for model, flags, expected, why in [
@@ -548,6 +562,23 @@ def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
 
 
 # Records.
+
+def test_checkpoint_is_loaded_whole(monkeypatch):
+    """A checkpoint brings back weights, buffers, the optimizer's state and the scale of the gradients."""
+    monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
+    stacks = [make_stack("--amp", "float16", model="vitbuffered", seeds=[seed]) for seed in (0, 1)]
+    (stack, splits, settings), (other, _, _) = stacks
+    first_losses(stack, splits, settings)
+    stack.model.blocks[0].attn.scale.fill_(3)
+    checkpoint = copy.deepcopy(stack.checkpoint()) | dict(seeds=[1])
+    checkpoint["scaler"]["scale"] = 8.0
+    other.load(checkpoint)
+    assert other.scaler.get_scale() == 8
+    weights, expected = other.state_dict(0), stack.state_dict(0)
+    assert "blocks.0.attn.scale" in expected and all(torch.equal(weights[name], expected[name]) for name in expected)
+    for state, expected in zip(other.optimizer.state.values(), stack.optimizer.state.values(), strict=True):
+        assert state and all(torch.equal(state[name], expected[name]) for name in expected)
+
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
@@ -828,7 +859,7 @@ def test_products_are_trained_once(tmp_path, capsys):
     for folder in tmp_path.iterdir():
         assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[1]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert command(*flags, "--model", "vit", "--overwrite") == 0
+    assert command(*flags, "--model", "vitdiffv2", "--overwrite") == 0
     assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
 
 

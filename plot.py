@@ -5,8 +5,9 @@
 draws the finished runs that lie directly in each folder named and, thin and pale behind them, those of its `reference`
 folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
 seed alone are one line, their mean. Needs neither torch nor data. Writes, for each data set, into the first folder
-DATASET-table.md, -paired-table.md, -noise-table.md, -attention-table.md and the charts DATASET-val-loss.png,
--val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -relevance.png, -maps.png and -blocks.png.
+DATASET-table.md, -paired-table.md, -noise-table.md, -partial-noise-table.md, -attention-table.md and the charts
+DATASET-val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -partial-noise.png, -pixel-noise.png,
+-relevance.png, -maps.png and -blocks.png.
 """
 
 import argparse
@@ -194,10 +195,20 @@ def readable(name):
 # What the analyses found.
 
 def shared_corruptions(lines):
-    """The corruptions that every run has met, and the number of severities that every run has met."""
+    """The corruptions of whole images that every run has met, and the number of severities that every run has met."""
     found = [run.noise for line in lines for run in line.runs]
-    names = [name for name in (found[0] if found else []) if all(name in noise for noise in found)]
+    names = [name for name in (found[0] if found else [])
+             if name not in records.PARTIAL_NOISE.values() and all(name in noise for noise in found)]
     return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
+
+
+def met_partial_noise(run):
+    return run.noise and {"gaussian_noise", *records.PARTIAL_NOISE.values()} <= set(run.noise)
+
+
+def noise_error(run, names, severities):
+    """The mean test error, in percent, under some corruptions at severities from 1."""
+    return 100 * statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
 
 
 def attention_axes(lines):
@@ -253,7 +264,7 @@ def result_table(dataset, lines):
             found = comparisons.get(line.label)
             difference, better, _, p_holm = stats.comparison_cells(found, 2) if found else [""] * 4
             row += [difference, better, p_holm]
-        notes.append(stats.comparison_note(comparisons))
+        notes.append(stats.comparison_note(comparisons, f"`{BASELINE}`"))
     published = [published_of(dataset, line) for line in lines]
     if any(published):
         columns.append("published")
@@ -264,32 +275,30 @@ def result_table(dataset, lines):
     return make_table(dataset, columns, rows, *notes)
 
 
-def paired_table(heading, lines, measures):
+def paired_table(heading, lines, measures, compared=()):
     """How each line differs from `vit` of the same recipe and seed; "" where none can be compared.
 
-    measures: {heading: (figure of a run, number of digits, whether more is better)}.
+    measures: {heading: (figure of a run, number of digits, whether more is better)}. compared: pairs of models to be
+    compared in place of each with `vit`.
     """
     columns, rows = ["model"], defaultdict(list)
     for name, (figure_of, digits, more_is_better) in measures.items():
-        comparisons = stats.compare_lines(lines, figure_of, more_is_better)
+        comparisons = stats.compare_lines(lines, figure_of, more_is_better, compared)
         columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)"]
         for label, found in comparisons.items():
             rows[label] += stats.comparison_cells(found, digits)
     if not rows:
         return ""
     return make_table(heading, columns, ([label, *cells] for label, cells in rows.items()),
-                      stats.comparison_note(comparisons))
+                      stats.comparison_note(comparisons, "the second model" if compared else f"`{BASELINE}`"))
 
 
 def noise_tables(dataset, lines):
     """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
     names, severities = shared_corruptions(lines)
 
-    def error(run, names):  # the mean of some corruptions' errors
-        return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
-
     def errors(run):  # of each corruption, then of all
-        return [error(run, [name]) for name in names] + [error(run, names)]
+        return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
 
     noises = [name for name in names if name in PIXEL_NOISES]
     parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
@@ -297,8 +306,8 @@ def noise_tables(dataset, lines):
     rows = []
     for line in lines:
         columns, pairs = list(zip(*map(errors, line.runs))), stats.pair_with_baseline(line, lines)
-        cells = [*(f"{statistics.fmean(column):.1%}" for column in columns[:-1]),
-                 stats.mean_cell(columns[-1], "{:.1%}".format)]
+        cells = [*(f"{statistics.fmean(column):.1f}%" for column in columns[:-1]),
+                 stats.mean_cell(columns[-1], "{:.1f}%".format)]
         sums = [[sum(column) for column in zip(*map(errors, runs))] for runs in zip(*pairs)] or [[0] * len(cells)] * 2
         rows.append([line.label, str(len(line.runs)), *(
             cell + (f" ({own / base:.2f})" if base else "") for cell, own, base in zip(cells, *sums))])
@@ -307,8 +316,42 @@ def noise_tables(dataset, lines):
         ["model", "seeds", *map(readable, names), "mean"], rows,
         f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + paired_table(
             f"{dataset}: difference in the mean test error", lines,
-            {f"{what}, points": (lambda run, part=part: 100 * error(run, part), 2, False)
+            {f"{what}, points": (lambda run, part=part: noise_error(run, part, severities), 2, False)
              for what, part in parts.items() if part})
+
+
+def partial_noise_tables(dataset, lines):
+    """The mean test error under Gaussian noise on a part of the image, and the paired difference of each part."""
+    _, severities = shared_corruptions(lines)
+    parts = {f"{part} patches": name for part, name in records.PARTIAL_NOISE.items()}
+
+    def error(run, name):
+        return noise_error(run, [name], severities)
+
+    rows = [[line.label, str(len(line.runs)),
+             stats.mean_cell([100 - 100 * run.summary["test_accuracy"] for run in line.runs], "{:.1f}%".format),
+             *(stats.mean_cell([error(run, name) for run in line.runs], "{:.1f}%".format)
+               for name in [*parts.values(), "gaussian_noise"])] for line in lines]
+    measures = {f"noise on {part}, points": (lambda run, name=name: error(run, name), 2, False)
+                for part, name in parts.items()}
+    relevant, irrelevant = parts.values()
+    measures["irrelevant less relevant, points"] = lambda run: error(run, irrelevant) - error(run, relevant), 2, False
+    return make_table(
+        f"{dataset}: mean test error over severities 1 to {severities} of Gaussian noise on a part of the image",
+        ["model", "seeds", "clean", *(f"noise on {part}" for part in parts), "noise on the whole image"], rows,
+        INTERVAL_NOTE) + paired_table(
+            f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
+
+
+def comparison_table(dataset, lines, compared):
+    """The paired differences of the pairs of models in `compared`."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    names, severities = shared_corruptions(noise)
+    measures = {"test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}
+    if set(PIXEL_NOISES) <= set(names):
+        measures["error under gaussian and impulse noise, points"] = (
+            lambda run: noise_error(run, PIXEL_NOISES, severities) if run.noise else math.nan, 2, False)
+    return paired_table(f"{dataset}: difference between models", lines, measures, compared)
 
 
 def attention_tables(dataset, lines):
@@ -332,9 +375,10 @@ def attention_tables(dataset, lines):
             {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
 
 
-def make_tables(dataset, lines):
+def make_tables(dataset, lines, compared=()):
     """{name: Markdown} of a data set."""
     noise = keep_runs(lines, lambda run: run.noise)
+    partial = keep_runs(lines, met_partial_noise)
     attention = keep_runs(lines, lambda run: run.attention)
     tables = {
         "table": result_table(dataset, lines),
@@ -342,7 +386,9 @@ def make_tables(dataset, lines):
             "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
             "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
         "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
+        "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",
+        "comparisons": comparison_table(dataset, lines, compared) if compared else "",
     }
     return {name: table for name, table in tables.items() if table}
 
@@ -542,27 +588,66 @@ def draw_lambda(dataset, lines):
 
 # Charts of the analyses.
 
-def draw_noise(dataset, lines):
-    """Accuracy by severity of each corruption, a panel a corruption; severity 0 is the clean test split."""
-    lines = keep_runs(lines, lambda run: run.noise)
-    names, severities = shared_corruptions(lines)
-    if not names:
-        return None
-    figure, panels = new_figure(f"{dataset}: trained without corruption, tested with it", lines, BAND,
-                                math.ceil(len(names) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
-    for axes, name in zip(panels.flat, names):
+def draw_severities(title, lines, panels):
+    """Accuracy by severity, a panel a corruption; severity 0 is the clean test split. panels: {corruption: heading}."""
+    _, severities = shared_corruptions(lines)
+    figure, grid = new_figure(title, lines, BAND, math.ceil(len(panels) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
+    for axes, (name, heading) in zip(grid.flat, panels.items()):
         for line in lines:
             draw_mean(axes, range(severities + 1), [
                 [run.summary["test_accuracy"], *run.noise[name][:severities]] for run in line.runs], line)
-        axes.set_title(readable(name), fontsize="medium")
+        axes.set_title(heading, fontsize="medium")
         tidy(axes, "{:.0%}".format)
-    for axes in panels.flat[len(names):]:
+    for axes in grid.flat[len(panels):]:
         axes.remove()
-    for axes in panels[:, 0]:
+    for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy")
-    for axes in panels[-1]:
+    for axes in grid[-1]:
         axes.set_xlabel("severity (0: clean)")
     legend_below(figure)
+    return figure
+
+
+def draw_noise(dataset, lines):
+    lines = keep_runs(lines, lambda run: run.noise)
+    names, _ = shared_corruptions(lines)
+    return draw_severities(f"{dataset}: trained without corruption, tested with it", lines,
+                           {name: readable(name) for name in names}) if names else None
+
+
+def draw_partial_noise(dataset, lines):
+    lines = keep_runs(lines, met_partial_noise)
+    panels = {name: f"on {part} patches" for part, name in records.PARTIAL_NOISE.items()}
+    return draw_severities(f"{dataset}: Gaussian noise on a part of the image; relevant is a patch with any of the "
+                           "object", lines, panels | {"gaussian_noise": "on the whole image"}) if lines else None
+
+
+def draw_pixel_noise(dataset, lines):
+    """The mean error under Gaussian and impulse noise, a row a line, those with the fewest errors at the bottom."""
+    lines = keep_runs(lines, lambda run: run.noise)
+    names, severities = shared_corruptions(lines)
+    if not set(PIXEL_NOISES) <= set(names):
+        return None
+    samples = [[noise_error(run, PIXEL_NOISES, severities) for run in line.runs] for line in lines]
+    order = sorted(range(len(lines)), key=lambda i: statistics.fmean(samples[i]))
+    margin = 0.3 + CHARACTER * 1.15 * max(len(seeds_of(line)) for line in lines)
+    width, height = margin + 5.2, 1.3 + 0.28 * len(lines)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes([margin / width, 0.55 / height, 5 / width, (height - 1.2) / height])
+    for place, i in enumerate(order):
+        half = stats.half_interval(samples[i])
+        axes.errorbar([statistics.fmean(samples[i])], [place], xerr=None if half is None else [half], capsize=2.5,
+                      **lines[i].style | dict(linestyle="none", alpha=1.0))
+        if lines[i].model == BASELINE:
+            axes.axvline(statistics.fmean(samples[i]), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
+    axes.set_yticks(range(len(lines)), [seeds_of(lines[i]) for i in order], fontsize="small")
+    axes.set_xlabel(f"mean test error over severities 1 to {severities}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{dataset}: Gaussian and impulse noise, unseen in training\n{INTERVAL}; dashed: {BASELINE}",
+                    y=1 - 0.1 / height, va="top", fontsize="medium")
     return figure
 
 
@@ -653,7 +738,8 @@ def draw_row(axes, label, pictures, images, **options):
 
 # Each makes a figure of (data set, lines), or returns None where there is nothing to show.
 CHARTS = {"val-loss": draw_val_loss, "val-accuracy": draw_val_accuracy, "parameters": draw_parameters,
-          "lambda": draw_lambda, "noise": draw_noise, "relevance": draw_relevance, "blocks": draw_blocks,
+          "lambda": draw_lambda, "noise": draw_noise, "partial-noise": draw_partial_noise,
+          "pixel-noise": draw_pixel_noise, "relevance": draw_relevance, "blocks": draw_blocks,
           "maps": draw_maps}
 
 
@@ -674,7 +760,7 @@ def write_chart(out, file_format, dataset, lines, name):
     return path
 
 
-def plot(folders, out, file_format, with_reference):
+def plot(folders, out, file_format, with_reference, compared):
     own, skipped = find_runs(*dict.fromkeys(folders))
     reference, more_skipped = find_runs(*find_references(folders)) if with_reference else ([], [])
     for line in skipped + more_skipped:
@@ -682,12 +768,14 @@ def plot(folders, out, file_format, with_reference):
     if not own and not reference:
         raise UserError(f"there is no finished run in {', '.join(map(str, folders))}: train one with train.py first")
     datasets = arrange(own, reference)
+    for model in itertools.chain(*compared):
+        records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
     for dataset, lines in datasets.items():
-        for name, table in make_tables(dataset, lines).items():
+        for name, table in make_tables(dataset, lines, compared).items():
             print(table)
             records.write_whole(out / f"{dataset}-{name}.md", table)
     charts = [(dataset, lines, name) for dataset, lines in datasets.items() for name in CHARTS]
@@ -705,8 +793,11 @@ def main(argv=None):
     parser.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="default: %(default)s")
     parser.add_argument("--no-reference", dest="reference", action="store_false",
                         help="do not draw the folders' reference runs")
+    parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("MODEL", "OTHER"),
+                        help="compare two models seed by seed; given several times, p is corrected for all of them")
     args = parser.parse_args(argv)
-    return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format, args.reference)
+    return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format, args.reference,
+                               args.compare)
 
 
 if __name__ == "__main__":

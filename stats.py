@@ -87,8 +87,8 @@ def recipe_of(run):
             if value is not None and name not in ("model", "plugin", *records.MODEL_SETTINGS)}
 
 
-def pair_with_baseline(line, lines):
-    """Each run of a line with the run of `vit` of the same recipe and seed, where there is one: [(run, vit's run)].
+def pair_with_baseline(line, lines, baseline=BASELINE):
+    """Each run of a line with the baseline's run of the same recipe and seed, where there is one: [(run, baseline's)].
 
     Of several it is one of the line's own folder, or else of the reference; then the one most alike in size.
     """
@@ -96,25 +96,30 @@ def pair_with_baseline(line, lines):
         return other.folder != line.folder, other.front, sum(
             other.settings.get(name) != line.settings.get(name) for name in ["plugin", *records.MODEL_SETTINGS])
 
-    baselines = sorted((other for other in lines if other.model == BASELINE), key=distance)
+    baselines = sorted((other for other in lines if other.model == baseline), key=distance)
     pairs = []
     for run in line.runs:
-        alike = [other for baseline in baselines for other in baseline.runs if recipe_of(other) == recipe_of(run)]
+        alike = [other for found in baselines for other in found.runs if recipe_of(other) == recipe_of(run)]
         pairs += [(run, other) for other in alike[:1]]
     return pairs
 
 
-def compare_lines(lines, figure_of, more_is_better):
-    """{label: Comparison} with `vit`, of the other models' lines that share two or more seeds with it.
+def compare_lines(lines, figure_of, more_is_better, compared=()):
+    """{label: Comparison} with `vit`, of the other models' lines that share two or more seeds with it; or of the pairs
+    of models in `compared`, each model with the one named after it.
 
     figure_of: a number of a run; a pair in which it is nan is left out.
     """
+    contrasts = [(line.label, line, BASELINE) for line in lines if line.model != BASELINE]
+    if compared:
+        contrasts = [(f"{line.label} - {other}", line, other) for model, other in compared
+                     for line in lines if line.model == model]
     rows = {}
-    for line in lines:
-        differences = [figure_of(run) - figure_of(baseline) for run, baseline in pair_with_baseline(line, lines)]
+    for label, line, other in contrasts:
+        differences = [figure_of(run) - figure_of(pair) for run, pair in pair_with_baseline(line, lines, other)]
         differences = [difference for difference in differences if not math.isnan(difference)]
-        if line.model != BASELINE and len(differences) > 1:
-            rows[line.label] = differences
+        if len(differences) > 1:
+            rows[label] = differences
     return compare(rows, more_is_better)
 
 
@@ -132,10 +137,10 @@ def comparison_cells(found, digits):
             f"{found.p:.3g}", f"{found.p_holm:.3g}"]
 
 
-def comparison_note(comparisons):
-    """What the columns of a comparison say."""
+def comparison_note(comparisons, baseline):
+    """What the columns of a comparison with a baseline say."""
     counts = {found.count for found in comparisons.values()}
-    text = (f"The difference is from `{BASELINE}` of the same recipe and seed: its mean over seeds with a 95% interval "
+    text = (f"The difference is from {baseline} of the same recipe and seed: its mean over seeds with a 95% interval "
             "(Student's t), and in how many seeds it is for the better. p is that of the exact sign-flip test over "
             "seeds, two-sided; p (Holm) is corrected by Holm's method for the number of rows compared, "
             f"{len(comparisons)}.")

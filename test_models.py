@@ -319,11 +319,17 @@ def test_position_embeddings(dim):
 
 
 def test_dropout():
-    """Dropout acts in training alone."""
+    """Dropout acts in training alone: on the tokens, in the blocks' MLPs and on what each half of a block adds."""
     torch.manual_seed(0)
-    model, images = build_model("vit", dropout=0.5), torch.randn(2, 1, 28, 28)
+    model, images, calls = build_model("vit", dropout=0.5), torch.randn(2, 1, 28, 28), []
     assert not torch.equal(model.train()(images), model(images))
     assert torch.equal(model.eval()(images), model(images))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p:
+            module.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
+    model(images)
+    assert calls == ["dropout", *(
+        f"blocks.{i}.{part}" for i in (0, 1) for part in ("dropout", "mlp.dropout", "dropout"))]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -511,6 +511,59 @@ def test_tables_of_an_analysis(tmp_path):
                        "0 of 2" if mean > 0 else "2 of 2", "0.5", "0.5"]
 
 
+def record_noises(root, errors):
+    """Runs of two seeds with test errors in percent: {model: [of Gaussian noise on the whole image, on relevant and on
+    irrelevant patches, of impulse noise, of blur]}; the second seed has one point more of each in all models but `vit`.
+    """
+    names = ["gaussian_noise", *records.PARTIAL_NOISE.values(), "impulse_noise", "blur"]
+    for (model, values), seed in itertools.product(errors.items(), range(2)):
+        analyse(record(root, model, seed), {
+            name: [1 - (value + seed * (model != "vit")) / 100] * 5 for name, value in zip(names, values)}, share=0.2)
+
+
+def test_noise_on_a_part(tmp_path):
+    """Noise on a part of the image has a table and a chart of its own, and is not among the corruptions of images."""
+    record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
+    written, figures = tables(tmp_path), charts(tmp_path)
+    assert list(cells_of(written["noise-table"])["vit"].values())[2:] == [
+        "20.0% (1.00)", "30.0% (1.00)", "40.0% (1.00)", "30.0% ± 0.0% (1.00)"]
+    assert list(cells_of(written["partial-noise-table"])["vit"].values())[2:] == [
+        "2.0% ± 0.0%", "12.0% ± 0.0%", "10.0% ± 0.0%", "20.0% ± 0.0%"]
+    _, row = rows_of(written["partial-noise-table"].split("## ")[2])
+    half = 12.7062 / 2  # Student's t for two values that are 1 apart
+    assert row[1::4] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})" for mean in (-2.5, -6.5)] + [
+        "-4.00 (-4.00 to -4.00)"]
+    assert len(figures["noise"].axes) == 3
+    panels = {axes.get_title(): drawn(axes)["vitdiff (2 seeds)"] for axes in figures["partial-noise"].axes}
+    assert {title: line.get_ydata()[1:].tolist() for title, line in panels.items()} == {
+        "on relevant patches": pytest.approx([0.905] * 5), "on irrelevant patches": pytest.approx([0.965] * 5),
+        "on the whole image": pytest.approx([0.915] * 5)}
+
+
+def test_pixel_noise(tmp_path):
+    """The chart has the mean error under Gaussian and impulse noise of each line with its interval, on one axis."""
+    record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
+    (axes,) = charts(tmp_path)["pixel-noise"].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["vitdiff (2 seeds)", "vit (2 seeds)"]
+    assert [found.lines[0].get_xdata().item() for found in axes.containers] == pytest.approx([12.5, 25])
+    (segment,) = axes.containers[0].lines[2][0].get_segments()
+    assert segment[:, 0] == pytest.approx([12.5 - 12.7062 / 2, 12.5 + 12.7062 / 2], abs=1e-3)
+
+
+def test_comparisons(tmp_path, capsys):
+    """--compare pairs the runs of two models by seed, and corrects p for all of its comparisons."""
+    record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40], "vitdiffv2": [6, 9, 3, 8, 40]})
+    pairs = [["vitdiffv2", "vitdiff"], ["vitdiffv2", "vit"], ["vit", "vitdiff"]]
+    assert plot.main([str(tmp_path), *itertools.chain(*(["--compare", *pair] for pair in pairs))]) == 0
+    _, *rows = rows_of((tmp_path / "mnist-comparisons.md").read_text())
+    assert [row[0] for row in rows] == [" - ".join(pair) for pair in pairs]
+    assert [row[5:] for row in rows] == [
+        ["-5.00 (-5.00 to -5.00)", "2 of 2", "0.5", "1"], ["-17.50 (-23.85 to -11.15)", "2 of 2", "0.5", "1"],
+        ["+12.50 (+6.15 to +18.85)", "0 of 2", "0.5", "1"]]
+    assert plot.main([str(tmp_path), "--compare", "vitdif", "vit"]) == 2
+    assert "did you mean vitdiff?" in capsys.readouterr().err
+
+
 def test_unlike_analyses(tmp_path):
     """Runs of other depths, conditions and corruptions are drawn side by side, and a cell without a figure is empty."""
     record_analyses(tmp_path)
@@ -583,7 +636,8 @@ def test_damage(tmp_path):
         if i % 100 == 0:
             for dataset, lines in plot.arrange(runs).items():
                 assert "table" in plot.make_tables(dataset, lines)
-                assert len([draw(dataset, lines) for draw in plot.CHARTS.values()]) == 8
+                figures = {name: draw(dataset, lines) for name, draw in plot.CHARTS.items()}
+                assert figures["val-loss"] and figures["noise"] and figures["maps"]
         path.write_bytes(content[path])
     assert named > 300
 

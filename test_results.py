@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -136,6 +137,28 @@ def test_the_answer():
     noise = [paired("fashionmnist", model, noise_error) for model in ("vitdiff", "vitdiffpaper")]
     assert all(difference < 0 for differences in noise for difference in differences)
     assert "by {:.1f} and {:.1f}.".format(*(-statistics.fmean(differences) for differences in noise)) in answer
+
+
+@pytest.mark.parametrize("dataset, chosen", [("mnist", 0), ("fashionmnist", 1)])
+def test_trials(dataset, chosen):
+    """The table of trials is that of the records, and by the rule above it a recipe other than the default is chosen
+    where its lead is more than a standard error."""
+    text, trials = (HERE / "runs/trials/README.md").read_text(), HERE / "runs/trials"
+    folders = [HERE / "runs/reference", *dict(
+        mnist=[HERE / "runs/faults/rate", trials / "decay-0.7"],
+        fashionmnist=[trials / "batch-256-muon-0.008", trials / "batch-256-muon-0.01"])[dataset]]
+    losses = [[[records.read_summary(folder / f"{dataset}-{model}-seed{seed}")["val_loss"] for seed in range(5)]
+               for model in ("vit", "vitdiff")] for folder in folders]
+    rows = [row.split(" | ") for row in text.splitlines() if row.startswith(f"| {dataset} |")]
+    leads = []
+    for found, row in zip(losses, rows, strict=True):
+        pairs = [before - after for model in (0, 1) for before, after in zip(losses[0][model], found[model])]
+        leads.append((statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(10)))
+        means = [*map(statistics.fmean, found), statistics.fmean(found[0] + found[1])]
+        assert row[2:5] == [f"{mean:.4f}" for mean in means]
+        assert row[5].rstrip(" |") == ("" if found is losses[0] else "{:.4f} ± {:.4f}".format(*leads[-1]))
+    lowest = max(range(3), key=lambda i: leads[i][0])
+    assert chosen == (lowest if leads[lowest][0] > leads[lowest][1] else 0)
 
 
 def test_what_training_prints():

@@ -207,8 +207,8 @@ def met_partial_noise(run):
 
 
 def noise_error(run, names, severities):
-    """The mean test error, in percent, under some corruptions at severities from 1."""
-    return 100 * statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
+    """The mean test error under some corruptions at severities from 1."""
+    return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
 
 
 def attention_axes(lines):
@@ -306,17 +306,17 @@ def noise_tables(dataset, lines):
     rows = []
     for line in lines:
         columns, pairs = list(zip(*map(errors, line.runs))), stats.pair_with_baseline(line, lines)
-        cells = [*(f"{statistics.fmean(column):.1f}%" for column in columns[:-1]),
-                 stats.mean_cell(columns[-1], "{:.1f}%".format)]
+        cells = [*(f"{statistics.fmean(column):.1%}" for column in columns[:-1]),
+                 stats.mean_cell(columns[-1], "{:.1%}".format)]
         sums = [[sum(column) for column in zip(*map(errors, runs))] for runs in zip(*pairs)] or [[0] * len(cells)] * 2
         rows.append([line.label, str(len(line.runs)), *(
             cell + (f" ({own / base:.2f})" if base else "") for cell, own, base in zip(cells, *sums))])
     return make_table(
         f"{dataset}: mean test error over severities 1 to {severities} (ratio to that of `{BASELINE}`)",
         ["model", "seeds", *map(readable, names), "mean"], rows,
-        f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + paired_table(
+        f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + "\n" + paired_table(
             f"{dataset}: difference in the mean test error", lines,
-            {f"{what}, points": (lambda run, part=part: noise_error(run, part, severities), 2, False)
+            {f"{what}, points": (lambda run, part=part: 100 * noise_error(run, part, severities), 2, False)
              for what, part in parts.items() if part})
 
 
@@ -329,17 +329,18 @@ def partial_noise_tables(dataset, lines):
         return noise_error(run, [name], severities)
 
     rows = [[line.label, str(len(line.runs)),
-             stats.mean_cell([100 - 100 * run.summary["test_accuracy"] for run in line.runs], "{:.1f}%".format),
-             *(stats.mean_cell([error(run, name) for run in line.runs], "{:.1f}%".format)
+             stats.mean_cell([1 - run.summary["test_accuracy"] for run in line.runs], "{:.1%}".format),
+             *(stats.mean_cell([error(run, name) for run in line.runs], "{:.1%}".format)
                for name in [*parts.values(), "gaussian_noise"])] for line in lines]
-    measures = {f"noise on {part}, points": (lambda run, name=name: error(run, name), 2, False)
+    measures = {f"noise on {part}, points": (lambda run, name=name: 100 * error(run, name), 2, False)
                 for part, name in parts.items()}
     relevant, irrelevant = parts.values()
-    measures["irrelevant less relevant, points"] = lambda run: error(run, irrelevant) - error(run, relevant), 2, False
+    measures["irrelevant less relevant, points"] = (
+        lambda run: 100 * (error(run, irrelevant) - error(run, relevant)), 2, False)
     return make_table(
         f"{dataset}: mean test error over severities 1 to {severities} of Gaussian noise on a part of the image",
         ["model", "seeds", "clean", *(f"noise on {part}" for part in parts), "noise on the whole image"], rows,
-        INTERVAL_NOTE) + paired_table(
+        INTERVAL_NOTE) + "\n" + paired_table(
             f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
 
 
@@ -350,7 +351,7 @@ def comparison_table(dataset, lines, compared):
     measures = {"test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}
     if set(PIXEL_NOISES) <= set(names):
         measures["error under gaussian and impulse noise, points"] = (
-            lambda run: noise_error(run, PIXEL_NOISES, severities) if run.noise else math.nan, 2, False)
+            lambda run: 100 * noise_error(run, PIXEL_NOISES, severities) if run.noise else math.nan, 2, False)
     return paired_table(f"{dataset}: difference between models", lines, measures, compared)
 
 
@@ -370,7 +371,7 @@ def attention_tables(dataset, lines):
     return make_table(
         f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
         ["model", "seeds", *map(readable, conditions)], [*rows, ["uniform attention", "", *uniform]],
-        INTERVAL_NOTE) + paired_table(
+        INTERVAL_NOTE) + "\n" + paired_table(
             f"{dataset}: difference in the irrelevant share, on images as in training", lines,
             {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
 
@@ -641,8 +642,9 @@ def draw_pixel_noise(dataset, lines):
         if lines[i].model == BASELINE:
             axes.axvline(statistics.fmean(samples[i]), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
     axes.set_yticks(range(len(lines)), [seeds_of(lines[i]) for i in order], fontsize="small")
+    axes.set_ylim(-0.7, len(lines) - 0.3)
     axes.set_xlabel(f"mean test error over severities 1 to {severities}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -545,9 +545,9 @@ def test_pixel_noise(tmp_path):
     record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
     (axes,) = charts(tmp_path)["pixel-noise"].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["vitdiff (2 seeds)", "vit (2 seeds)"]
-    assert [found.lines[0].get_xdata().item() for found in axes.containers] == pytest.approx([12.5, 25])
+    assert [found.lines[0].get_xdata().item() for found in axes.containers] == pytest.approx([0.125, 0.25])
     (segment,) = axes.containers[0].lines[2][0].get_segments()
-    assert segment[:, 0] == pytest.approx([12.5 - 12.7062 / 2, 12.5 + 12.7062 / 2], abs=1e-3)
+    assert segment[:, 0] == pytest.approx([0.125 - 0.127062 / 2, 0.125 + 0.127062 / 2], abs=1e-5)
 
 
 def test_comparisons(tmp_path, capsys):

@@ -479,11 +479,12 @@ def plugin_name(settings):
 
 
 def git_commit():
-    """The commit of this code, with -dirty if a module differs from it; None outside a git checkout."""
+    """The commit of this code, with -dirty if a tracked module differs from it; None outside a git checkout."""
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # copies of plugins are untracked
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -689,6 +689,24 @@ def test_args_txt(tmp_path):
         assert train.resolve_settings(args, args.model[0], args.dataset[0], args.seed[0], CPU) == settings
 
 
+def test_git_commit(tmp_path, monkeypatch):
+    """A record names the commit, and says that it is dirty when a module has changed, not when a plugin was copied."""
+    def git(*arguments):
+        return subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=e@x.org", *arguments], cwd=tmp_path,
+                              capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    (tmp_path / "records.py").write_text("one = 1\n")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        git(*arguments)
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/plugin.py").write_text("two = 2\n")
+    assert records.git_commit() == commit
+    (tmp_path / "records.py").write_text("one = 2\n")
+    assert records.git_commit() == commit + "-dirty"
+
+
 def test_whole_writes(tmp_path, monkeypatch):
     """A write is whole or not at all, whoever reads meanwhile."""
     path = tmp_path / "summary.json"

@@ -51,6 +51,8 @@ FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
 BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
 BAND, INTERVAL = "mean over seeds, band: one standard deviation", "mean over seeds with its 95% interval"
 
+DETECTABLE_NOTE = ("Detectable: the smallest true difference that so many seeds, as far apart as these, show in 80% of "
+                   "experiments, by a 95% interval that leaves out 0.")
 INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
 
 # One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
@@ -262,7 +264,7 @@ def result_table(dataset, lines):
         columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
         for row, line in zip(rows, lines):
             found = comparisons.get(line.label)
-            difference, better, _, p_holm = stats.comparison_cells(found, 2) if found else [""] * 4
+            difference, better, _, p_holm, _ = stats.comparison_cells(found, 2) if found else [""] * 5
             row += [difference, better, p_holm]
         notes.append(stats.comparison_note(comparisons, f"`{BASELINE}`"))
     published = [published_of(dataset, line) for line in lines]
@@ -284,13 +286,14 @@ def paired_table(heading, lines, measures, compared=()):
     columns, rows = ["model"], defaultdict(list)
     for name, (figure_of, digits, more_is_better) in measures.items():
         comparisons = stats.compare_lines(lines, figure_of, more_is_better, compared)
-        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)"]
+        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)", "detectable"]
         for label, found in comparisons.items():
             rows[label] += stats.comparison_cells(found, digits)
     if not rows:
         return ""
     return make_table(heading, columns, ([label, *cells] for label, cells in rows.items()),
-                      stats.comparison_note(comparisons, "the second model" if compared else f"`{BASELINE}`"))
+                      stats.comparison_note(comparisons, "the second model" if compared else f"`{BASELINE}`"),
+                      DETECTABLE_NOTE)
 
 
 def noise_tables(dataset, lines):

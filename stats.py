@@ -14,8 +14,8 @@ import records
 
 BASELINE = "vit"  # what every other model is compared with
 # Of one row's differences: their mean, half the mean's 95% interval, how many of how many are for the better, the p of
-# the sign-flip test, and that p corrected by Holm over all rows.
-Comparison = namedtuple("Comparison", "mean half better count p p_holm")
+# the sign-flip test, that p corrected by Holm over all rows, and what difference so many seeds would have shown.
+Comparison = namedtuple("Comparison", "mean half better count p p_holm detectable")
 
 
 def t_coverage(t, freedom):
@@ -45,6 +45,13 @@ def half_interval(values):
     if len(values) < 2 or any(math.isnan(value) for value in values):
         return None
     return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def detectable_difference(differences):
+    """The smallest mean difference that as many pairs, as far apart as these, show in 80% of experiments: a 95% interval
+    by Student's t leaves out 0. The non-central t distribution is taken for a shifted central one."""
+    half, freedom = half_interval(differences), len(differences) - 1
+    return half * (1 + t_quantile(freedom, 0.6) / t_quantile(freedom))  # 20% of T are below -t_quantile(freedom, 0.6)
 
 
 def sign_flip_p(differences):
@@ -78,7 +85,7 @@ def compare(rows, more_is_better):
     return {name: Comparison(
         statistics.fmean(differences), half_interval(differences),
         sum(difference > 0 if more_is_better else difference < 0 for difference in differences), len(differences),
-        p_values[name], corrected[name]) for name, differences in rows.items()}
+        p_values[name], corrected[name], detectable_difference(differences)) for name, differences in rows.items()}
 
 
 def recipe_of(run):
@@ -132,9 +139,10 @@ def mean_cell(values, number):
 
 
 def comparison_cells(found, digits):
+    """The difference with its interval, in how many seeds it is for the better, p, p by Holm, what could be shown."""
     ends = (found.mean + sign * found.half for sign in (0, -1, 1))
     return ["{} ({} to {})".format(*(f"{value:+.{digits}f}" for value in ends)), f"{found.better} of {found.count}",
-            f"{found.p:.3g}", f"{found.p_holm:.3g}"]
+            f"{found.p:.3g}", f"{found.p_holm:.3g}", f"{found.detectable:.{digits}f}"]
 
 
 def comparison_note(comparisons, baseline):

@@ -375,6 +375,15 @@ def test_interval_coverage():
         assert numpy.mean(abs(samples.mean(1)) < halves) == pytest.approx(0.95, abs=0.007)
 
 
+def test_detectable_difference():
+    """A true difference as large as that is shown in 80% of experiments."""
+    for size in (5, 10, 20):
+        values = numpy.random.default_rng(size).normal(size=(20_000, size))
+        difference = stats.detectable_difference(values[0].tolist()) / values[0].std(ddof=1)
+        halves = stats.t_quantile(size - 1) * values.std(1, ddof=1) / math.sqrt(size)
+        assert numpy.mean(abs(values.mean(1) + difference) > halves) == pytest.approx(0.8, abs=0.015)
+
+
 def test_sign_flip_p():
     """p is the share of all choices of signs whose sum is as far from 0; of more than 20, of a million drawn."""
     # Of 1, 2, 4 only their own signs, and all of the others, reach a sum of 7: 2 of 8.
@@ -508,7 +517,8 @@ def test_tables_of_an_analysis(tmp_path):
         half = 12.7062 * statistics.stdev(differences) / math.sqrt(2)
         mean = statistics.fmean(differences)
         assert row == ["vitdiff", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
-                       "0 of 2" if mean > 0 else "2 of 2", "0.5", "0.5"]
+                       "0 of 2" if mean > 0 else "2 of 2", "0.5", "0.5",
+                       f"{half * (1 + 1.3764 / 12.7062):.2f}"]
 
 
 def record_noises(root, errors):
@@ -531,7 +541,7 @@ def test_noise_on_a_part(tmp_path):
         "2.0% ± 0.0%", "12.0% ± 0.0%", "10.0% ± 0.0%", "20.0% ± 0.0%"]
     _, row = rows_of(written["partial-noise-table"].split("## ")[2])
     half = 12.7062 / 2  # Student's t for two values that are 1 apart
-    assert row[1::4] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})" for mean in (-2.5, -6.5)] + [
+    assert row[1::5] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})" for mean in (-2.5, -6.5)] + [
         "-4.00 (-4.00 to -4.00)"]
     assert len(figures["noise"].axes) == 3
     panels = {axes.get_title(): drawn(axes)["vitdiff (2 seeds)"] for axes in figures["partial-noise"].axes}
@@ -557,7 +567,7 @@ def test_comparisons(tmp_path, capsys):
     assert plot.main([str(tmp_path), *itertools.chain(*(["--compare", *pair] for pair in pairs))]) == 0
     _, *rows = rows_of((tmp_path / "mnist-comparisons.md").read_text())
     assert [row[0] for row in rows] == [" - ".join(pair) for pair in pairs]
-    assert [row[5:] for row in rows] == [
+    assert [row[6:-1] for row in rows] == [
         ["-5.00 (-5.00 to -5.00)", "2 of 2", "0.5", "1"], ["-17.50 (-23.85 to -11.15)", "2 of 2", "0.5", "1"],
         ["+12.50 (+6.15 to +18.85)", "0 of 2", "0.5", "1"]]
     assert plot.main([str(tmp_path), "--compare", "vitdif", "vit"]) == 2

@@ -212,6 +212,47 @@ def test_controls(monkeypatch, name):
             torch.testing.assert_close(attn.mean_lambda(x), 1 - maps.sum(-1).mean(), rtol=0, atol=1e-12)
 
 
+def faulty_by_hand(weights, x, depth, november):
+    """The output of a faulty attention with tokens x (B, N, 32): two heads of two branches of 16, groups of 8 channels."""
+    if november:
+        lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (depth - 1))
+        lambdas = [math.exp(weights["lambda_q1"][h] * weights["lambda_k1"][h])
+                   - math.exp(weights["lambda_q2"][h] * weights["lambda_k2"][h]) + lambda_init for h in (0, 1)]
+    else:
+        lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
+        lambdas = [v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[2]] * 2
+    q, k, v = linear(weights, "qkv", x).split([64, 64, 32], -1)
+    outs = []
+    for h, lam in enumerate(lambdas):
+        first, second = (softmax(q[..., 16 * b:16 * (b + 1)] @ k[..., 16 * b:16 * (b + 1)].transpose(1, 2) / 4)
+                         for b in (2 * h, 2 * h + 1))
+        outs.append((first - lam * second) @ v[..., 16 * h:16 * (h + 1)])
+    groups = torch.cat(outs, -1).split(8, -1)
+    normed = torch.cat([(group - group.mean((1, 2), keepdim=True))
+                        / (group.var((1, 2), correction=0, keepdim=True) + 1e-5).sqrt() for group in groups], -1)
+    normed = normed * weights["sub_norm.weight"] + weights["sub_norm.bias"]
+    return linear(weights, "proj", normed if november else (1 - lambda_init) * normed)
+
+
+@pytest.mark.parametrize("name, parameters", [("vitdifftokennorm", 37_386), ("vitdiffnovember", 37_274)])
+def test_faulty_attentions(monkeypatch, name, parameters):
+    """They have the parameters that their file says, and compute what it says."""
+    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
+    records.execute_plugin(Path(__file__).parent / "runs/faults/attention/plugin.py")
+    model = build_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 32).double()
+    for depth, block in enumerate(model.blocks):
+        attn = randomize(block.attn)
+        out = faulty_by_hand(attn.state_dict(), x, depth, november=name == "vitdiffnovember")
+        torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(attn.mean_lambda(x), 1 - attn.attention_map(x).sum(-1).mean(), rtol=0, atol=1e-12)
+    if name == "vitdiffnovember":
+        many = vit.MODELS[name]["attention"](512, num_heads=256, depth=0)
+        assert many.lambda_q1.std().item() == pytest.approx(1, abs=0.2)
+
+
 # The models.
 
 @pytest.mark.parametrize("name", BUDGETS)

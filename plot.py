@@ -347,15 +347,17 @@ def partial_noise_tables(dataset, lines):
             f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
 
 
-def comparison_table(dataset, lines, compared):
-    """The paired differences of the pairs of models in `compared`."""
+def comparison_tables(dataset, lines, compared):
+    """The paired differences of the pairs of models in `compared`, a table for each figure."""
     noise = keep_runs(lines, lambda run: run.noise)
     names, severities = shared_corruptions(noise)
-    measures = {"test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}
+    tables = [paired_table(f"{dataset}: differences between models in accuracy", lines, {
+        "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}, compared)]
     if set(PIXEL_NOISES) <= set(names):
-        measures["error under gaussian and impulse noise, points"] = (
-            lambda run: 100 * noise_error(run, PIXEL_NOISES, severities) if run.noise else math.nan, 2, False)
-    return paired_table(f"{dataset}: difference between models", lines, measures, compared)
+        tables.append(paired_table(f"{dataset}: differences between models in the error under noise", noise, {
+            "error under gaussian and impulse noise, points": (
+                lambda run: 100 * noise_error(run, PIXEL_NOISES, severities), 2, False)}, compared))
+    return "\n".join(filter(None, tables))
 
 
 def attention_tables(dataset, lines):
@@ -392,7 +394,7 @@ def make_tables(dataset, lines, compared=()):
         "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
         "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",
-        "comparisons": comparison_table(dataset, lines, compared) if compared else "",
+        "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
     }
     return {name: table for name, table in tables.items() if table}
 

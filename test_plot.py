@@ -565,9 +565,10 @@ def test_comparisons(tmp_path, capsys):
     record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40], "vitdiffv2": [6, 9, 3, 8, 40]})
     pairs = [["vitdiffv2", "vitdiff"], ["vitdiffv2", "vit"], ["vit", "vitdiff"]]
     assert plot.main([str(tmp_path), *itertools.chain(*(["--compare", *pair] for pair in pairs))]) == 0
-    _, *rows = rows_of((tmp_path / "mnist-comparisons.md").read_text())
-    assert [row[0] for row in rows] == [" - ".join(pair) for pair in pairs]
-    assert [row[6:-1] for row in rows] == [
+    _, accuracy, noise = (tmp_path / "mnist-comparisons.md").read_text().split("## ")
+    (_, *accuracy), (_, *noise) = rows_of(accuracy), rows_of(noise)
+    assert [row[0] for row in accuracy] == [row[0] for row in noise] == [" - ".join(pair) for pair in pairs]
+    assert [row[1:-1] for row in noise] == [
         ["-5.00 (-5.00 to -5.00)", "2 of 2", "0.5", "1"], ["-17.50 (-23.85 to -11.15)", "2 of 2", "0.5", "1"],
         ["+12.50 (+6.15 to +18.85)", "0 of 2", "0.5", "1"]]
     assert plot.main([str(tmp_path), "--compare", "vitdif", "vit"]) == 2

@@ -24,6 +24,13 @@ import train
 
 GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 6, 4, 2], batch_size=[32, 128, 512, 2048])
 ROUNDS, CALLS = 10, 16
+NOTES = dict(
+    benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
+              "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
+              "square matrices in the same run; warm-up is the first step, compilation "
+              "included.",
+    growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
+           "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
 
 def make_step(settings, seeds, splits, device, compiled):
@@ -187,6 +194,8 @@ def run_benchmark(args):
         name, rows = "benchmark", benchmark_steps(experiments, splits, device, with_compiled)
         table = steps_table(rows)
     machine = dict(device_name=analysis.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    table += (f"\n{NOTES[name]} Measured on {machine['device_name']}, with {machine['threads']} threads on the CPU, by "
+              f"torch {machine['torch']}.\n")
     with records.locked(args.runs_dir):
         records.write_csv(args.runs_dir / f"{name}.csv", [row | machine for row in rows], number="{:.6g}")
         records.write_whole(args.runs_dir / f"{name}.md", table)

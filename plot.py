@@ -26,6 +26,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 
 import records
 import stats
@@ -441,7 +442,9 @@ def legend_below(figure):
 
 
 def tidy(axes, number):
-    axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    is_percentage = number(1).endswith("%")  # ticks have as many digits as their distance needs
+    axes.yaxis.set_major_formatter((lambda value, _: f"{100 * value:.6g}%") if is_percentage
+                                   else ScalarFormatter(useOffset=False))
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -520,7 +523,7 @@ def draw_curves(title, ylabel, number, lines, panels, published=(), skip=0.0):
         frame = 0.06 * (max(seen) - min(seen)) or 0.01
         axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
         axes.set_ylim(min(seen) - frame, max(seen) + frame)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_xlabel("epoch")
         axes.set_title(heading, fontsize="medium")
         tidy(axes, number)
@@ -587,8 +590,9 @@ def draw_lambda(dataset, lines):
               if re.fullmatch(r"lambda_\d+", name)}
     if not blocks:
         return None
-    return draw_curves(f"{dataset}: lambda, the weight of the second attention map", "lambda", "{:.3f}".format,
-                       keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks)),
+    lines = keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks))
+    return draw_curves(f"{dataset}: lambda, the weight of the second attention map\nmean over heads and tokens of the "
+                       "validation split", "lambda", "{:.3f}".format, lines,
                        {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
 
 
@@ -700,7 +704,7 @@ def draw_relevance(dataset, lines):
 def draw_blocks(dataset, lines):
     return draw_attention(f"{dataset}: the class token's row of the attention maps", lines, {
         "entropy": ("entropy (nats)", "{:.1f}".format), "negative_share": ("negative weight", "{:.0%}".format),
-        "lambda": ("lambda", "{:.1f}".format)})
+        "lambda": ("1 less the row's sum:\nlambda of the class token", "{:.1f}".format)})
 
 
 def draw_maps(dataset, lines):
@@ -714,6 +718,7 @@ def draw_maps(dataset, lines):
     rows = figure.subplots(1 + len(lines), 1, gridspec_kw=dict(left=0.12, right=0.93, bottom=0.02, top=top,
                                                                hspace=0.06))
     images, _ = lines[0].runs[0].maps
+    seeds = " and ".join(map(str, sorted({line.runs[0].settings["seed"] for line in lines})))
     draw_row(rows[0], "image", images.transpose(0, 2, 3, 1), images, cmap="gray_r", vmin=0, vmax=255)
     for axes, line in zip(rows[1:], lines):
         images, maps = line.runs[0].maps
@@ -726,8 +731,8 @@ def draw_maps(dataset, lines):
                              [1 - (i + 0.5) / height for i in range(height)], image, levels=[80], colors="black",
                              linewidths=0.6)
         figure.colorbar(shown, cax=axes.inset_axes([1.01, 0.05, 0.01, 0.9])).ax.tick_params(labelsize="x-small")
-    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; one "
-                    "seed\nred: positive, blue: negative, white: none; one scale a row; black: outline of the image",
+    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; "
+                    f"seed {seeds}\nred: positive, blue: negative, white: none; one scale a row; black: outline of the image",
                     fontsize="medium", y=1 - 0.1 / figure.get_figheight(), va="top")
     return figure
 
@@ -768,6 +773,9 @@ def write_chart(out, file_format, dataset, lines, name):
 
 
 def plot(folders, out, file_format, with_reference, compared):
+    for folder in folders:
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} is a run: name the folder that it lies in, {folder.parent}")
     own, skipped = find_runs(*dict.fromkeys(folders))
     reference, more_skipped = find_runs(*find_references(folders)) if with_reference else ([], [])
     for line in skipped + more_skipped:

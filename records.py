@@ -89,12 +89,12 @@ def number(kind, what, is_right):
     return parse
 
 
-def check_name(kind, name, names):
+def check_name(kind, name, names, advice=""):
     """Raise a UserError that suggests the nearest of `names` unless `name` is one of them."""
     if name not in names:
         near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown {kind} {name!r}: {hint}There are {', '.join(names)}")
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise UserError(f"unknown {kind} {name!r}: {hint} are {', '.join(names)}{advice}")
 
 
 def first_line(error):

@@ -48,8 +48,8 @@ def half_interval(values):
 
 
 def detectable_difference(differences):
-    """The smallest mean difference that as many pairs, as far apart as these, show in 80% of experiments: a 95% interval
-    by Student's t leaves out 0. The non-central t distribution is taken for a shifted central one."""
+    """The smallest mean difference that as many pairs, as far apart as these, show in 80% of experiments: a 95%
+    interval by Student's t leaves out 0. The non-central t distribution is taken for a shifted central one."""
     half, freedom = half_interval(differences), len(differences) - 1
     return half * (1 + t_quantile(freedom, 0.6) / t_quantile(freedom))  # 20% of T are below -t_quantile(freedom, 0.6)
 

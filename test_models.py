@@ -213,7 +213,7 @@ def test_controls(monkeypatch, name):
 
 
 def faulty_by_hand(weights, x, depth, november):
-    """The output of a faulty attention with tokens x (B, N, 32): two heads of two branches of 16, groups of 8 channels."""
+    """The output of a faulty attention with tokens x (B, N, 32): 2 heads of 2 branches of 16, groups of 8 channels."""
     if november:
         lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (depth - 1))
         lambdas = [math.exp(weights["lambda_q1"][h] * weights["lambda_k1"][h])

@@ -491,7 +491,8 @@ def test_charts_of_an_analysis(tmp_path):
     assert [image.get_array()[1, 1] for image in shown[::8]] == pytest.approx([-0.1, -0.2], rel=1e-3)
 
     panels = figures["blocks"].axes
-    assert [axes.get_ylabel() for axes in panels[::2]] == ["entropy (nats)", "negative weight", "lambda"]
+    assert [axes.get_ylabel() for axes in panels[::2]] == ["entropy (nats)", "negative weight",
+        "1 less the row's sum:\nlambda of the class token"]
     assert [found.lines[0].get_ydata().tolist() for found in panels[2].containers] == [[0, 0], [0.25, 0.25]]
     assert [axes.containers[0].lines[0].get_ydata().tolist() for axes in panels[4:]] == [[0.2, 0.2], [0.5, 0.5]]
 
@@ -727,8 +728,8 @@ def test_no_reference(tmp_path, reference, rows):
 
 
 @pytest.mark.parametrize("flags", [
-    ["empty"], ["nowhere"], ["file"], ["runs", "--out", "file"], ["runs", "--out", "table"], ["runs", "--out", "chart"],
-    ["runs", "--format", "gif"]])
+    ["empty"], ["nowhere"], ["file"], ["runs", "runs/mnist-vit-seed0"], ["runs", "--out", "file"],
+    ["runs", "--out", "table"], ["runs", "--out", "chart"], ["runs", "--format", "gif"]])
 def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags):
     """What the user can put right is said in one line, and the exit status is 2."""
     monkeypatch.chdir(tmp_path)

@@ -874,11 +874,13 @@ def test_products_are_trained_once(tmp_path, capsys):
     assert command(*flags) == 0
     out = capsys.readouterr().out
     assert out.count(" epoch 1/1 ") == 1 and " epoch 1/1 " in out.split("mnist-vit-seed1")[1]
+    assert "finished before this command: 3 of 4; " in out
     for folder in tmp_path.iterdir():
         assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[1]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert command(*flags, "--model", "vitdiffv2", "--overwrite") == 0
-    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
+    out = capsys.readouterr().out
+    assert out.count(" epoch 1/1 ") == 2 and "finished before" not in out
 
 
 def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
@@ -909,8 +911,9 @@ def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
 # What goes wrong.
 
 BAD_FLAGS = [
-    (["--model", "vitdif"], ["'vitdif'", "vitdiff?"]),
+    (["--model", "vitdif"], ["'vitdif'", "vitdiff?", "--plugin FILE"]),
     (["--dataset", "fashion-mnist"], ["'fashion-mnist'", "fashionmnist?"]),
+    (["--dataset", "imagenet"], ["'imagenet': there are mnist"]),
     (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]),
     (["--dim", "33"], ["width 33", "2 heads"]),
     (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),

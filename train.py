@@ -105,7 +105,9 @@ def make_parser(prog="train.py", description=__doc__):
                        help="maximum gradient norm; 0 disables clipping (default: %(default)s)")
     group.add_argument("--label-smoothing", type=probability, default=0.1, metavar="X",
                        help="in every loss, validation and test too (default: %(default)s)")
-    group.add_argument("--dropout", type=probability, default=0.0, metavar="X", help="default: %(default)s")
+    group.add_argument("--dropout", type=probability, default=0.0, metavar="X",
+                       help="probability, on the embedded tokens, in the MLPs and on what a block adds "
+                            "(default: %(default)s)")
 
     group = parser.add_argument_group("augmentation, drawn anew for each training image in each epoch")
     group.add_argument("--rotation", type=rate, metavar="X", help=f"maximum angle in degrees {by_dataset('rotation')}")
@@ -119,7 +121,8 @@ def make_parser(prog="train.py", description=__doc__):
 
     group = parser.add_argument_group("where and how")
     analysis.add_place_flags(group)
-    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s")
+    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR",
+                       help="where the runs' folders are (default: %(default)s)")
     group.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
     group.add_argument("--analysis", action=argparse.BooleanOptionalAction, default=True,
                        help=f"after the test, write {', '.join(records.ANALYSIS)}: what the model does under noise and "
@@ -148,7 +151,7 @@ def parse_flags(argv=None, parser=None):
 def check_flags(args):
     """Raise a UserError for flags that contradict each other, the data set or what exists on disk."""
     for name in args.model:
-        records.check_name("model", name, [*MODELS, "all"])
+        records.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
     for name in args.dataset:
         records.check_name("data set", name, data.DATASETS)
         if args.batch_size > training_size(name):
@@ -572,6 +575,9 @@ def train_runs(args):
     experiments = broadcast(plan_experiments(args, device, plugin) if rank() == 0 else None)
     unfinished = broadcast([experiment for experiment in experiments
                             if unfinished_stacks(experiment, args)] if rank() == 0 else None)
+    folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
+               for experiment in experiments for seed in experiment.seeds]
+    skipped = sum(not args.overwrite and (folder / "summary.json").exists() for folder in folders)
     datasets = dict.fromkeys(experiment.settings["dataset"] for experiment in unfinished)
     splits = {name: data.load_splits(name, args.data_dir, device) for name in datasets}
     if unfinished and rank() == 0:
@@ -590,7 +596,7 @@ def train_runs(args):
                                    device, args.analysis)
                         print(result_line(folder), flush=True)
     if rank() == 0:
-        print_results(experiments, args.runs_dir)
+        print_results(folders, skipped, args.runs_dir)
     if world_size() > 1:
         distributed.destroy_process_group()
 
@@ -613,17 +619,17 @@ def result_line(folder):
             "{test_accuracy:.2%}  ").format(**summary) + f"{summary.get('seconds', math.nan):.0f} s  {folder}"
 
 
-def print_results(experiments, runs_dir):
-    """After several runs a table of them all, and the command to draw them."""
-    folders = [records.run_folder(runs_dir, experiment.settings | dict(seed=seed))
-               for experiment in experiments for seed in experiment.seeds]
+def print_results(folders, skipped, runs_dir):
+    """After several runs or none a table of them all, and the command to draw them."""
     summaries = [records.read_summary(folder) for folder in folders]
-    if len(folders) > 1:
+    if len(folders) > 1 or skipped:
         width = max(len(folder.name) for folder in folders)
         print(f"\n{'run':{width}}  parameters  val loss  test loss  test accuracy")
         for folder, summary in zip(folders, summaries):
             print(f"{folder.name:{width}}  {summary['parameters']:10,}  {summary['val_loss']:8.4f}  "
                   f"{summary['test_loss']:9.4f}  {summary['test_accuracy']:13.2%}")
+    if skipped:
+        print(f"\nfinished before this command: {skipped} of {len(folders)}; --overwrite trains them afresh")
     print(f"\ndraw them: python plot.py {runs_dir}", flush=True)
 
 

@@ -13,8 +13,8 @@ from vit import MODELS
 
 
 class TokenNormDiffAttention(DiffAttention):
-    """Version 1 as in `vitdiff`, with a norm across tokens: GroupNorm of 4 groups of channels, each over all tokens of an
-    image, in place of RMSNorm on each token and head. 37,386 parameters, 96 more than `vitdiff`."""
+    """Version 1 as in `vitdiff`, with a norm across tokens: GroupNorm of 4 groups of channels, each over all tokens of
+    an image, in place of RMSNorm on each token and head. 37,386 parameters, 96 more than `vitdiff`."""
 
     def __init__(self, dim, num_heads, depth, qkv_bias=False, proj_bias=True):
         super().__init__(dim, num_heads, depth, dim // num_heads, qkv_bias, proj_bias)

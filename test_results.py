@@ -1,5 +1,6 @@
 """Claims about the committed runs: what repeats them, what their weights give today, what the READMEs say of them."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ from test_train import TINY, command, table
 from vit import MODELS
 
 REFERENCE = sorted(path.parent for path in (HERE / "runs/reference").glob("*/config.json"))
+SEEDS = dict(mnist=20, fashionmnist=5, clutteredmnist=3)  # of the reference
 FAULTS = HERE / "runs/faults"
 README = (HERE / "README.md").read_text()
 
@@ -59,31 +61,46 @@ def test_reference_weights(tmp_path, monkeypatch, capsys):
                     assert row[column] == text or float(row[column]) == pytest.approx(float(text), abs=1e-3)
 
 
+def commit_of(facts):
+    """The commit that trained a run. Of some runs the record adds -dirty, as copies of a plugin lay beside the code."""
+    return facts["git_commit"].removesuffix("-dirty")
+
+
 def test_reference_runs():
-    """The reference has all seeds of all models, by one commit."""
+    """The reference has all seeds of all models, those of a data set by one commit."""
     configs = [records.read_config(folder) for folder in REFERENCE]
-    assert sorted((settings["dataset"], settings["model"], settings["seed"]) for settings, _ in configs) == sorted([
-        *itertools.product(["mnist", "fashionmnist"], MODELS, range(5)),
-        *itertools.product(["clutteredmnist"], ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(3))])
-    (commit,) = {facts["git_commit"] for _, facts in configs}
-    assert re.fullmatch("[0-9a-f]{40}", commit)
+    found = sorted((settings["dataset"], settings["model"], settings["seed"]) for settings, _ in configs)
+    assert found == sorted(
+        (dataset, model, seed) for dataset, seeds in SEEDS.items()
+        for model in MODELS if dataset != "clutteredmnist" or model != "vitbalanced" for seed in range(seeds))
+    commits = {(settings["dataset"], commit_of(facts)) for settings, facts in configs}
+    assert len(commits) == len(SEEDS) and all(re.fullmatch("[0-9a-f]{40}", commit) for _, commit in commits)
 
 
-@pytest.mark.parametrize("fault, seeds, changed", [
-    ("activated", 3, {}), ("ordered", 3, {}), ("matched", 3, {"vit": dict(mlp_dim=160)}),
-    ("rate", 5, {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)})])
-def test_faults(fault, seeds, changed):
-    """The runs of a fault have the settings of the reference but for the fault, which is a setting or a plugin."""
-    folder = FAULTS / fault
-    plugin = None
-    if (folder / "plugin.py").exists():
-        plugin = f"plugin.py {hashlib.sha256((folder / 'plugin.py').read_bytes()).hexdigest()[:12]}"
-    runs, skipped = plot.find_runs(folder)
-    assert not skipped and {run.settings["model"] for run in runs} == {"vit", "vitdiff"}
+def plugin_of(folder):
+    """The setting `plugin` of the runs of a folder."""
+    if not (folder / "plugin.py").exists():
+        return None
+    return f"plugin.py {hashlib.sha256((folder / 'plugin.py').read_bytes()).hexdigest()[:12]}"
+
+
+@pytest.mark.parametrize("place, dataset, models, seeds, changed", [
+    ("controls", "mnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
+    ("faults/matched", "fashionmnist", "vit vitdiff", 3, {"vit": dict(mlp_dim=160)})])
+def test_one_change(place, dataset, models, seeds, changed):
+    """Controls, faults and the other recipe have the settings and the commit of the reference, but for what is named:
+    a plugin, a model, a setting."""
+    runs, skipped = plot.find_runs(HERE / "runs" / place)
+    assert not skipped
+    assert sorted((run.settings["model"], run.settings["seed"]) for run in runs) == sorted(
+        itertools.product(models.split(), range(seeds)))
     for run in runs:
-        assert run.settings["seed"] < seeds
-        reference, _ = records.read_config(HERE / "runs/reference" / run.folder.name)
-        assert run.settings == reference | dict(plugin=plugin) | changed.get(run.settings["model"], {})
+        model, seed = run.settings["model"], run.settings["seed"]
+        reference, facts = records.read_config(HERE / f"runs/reference/{dataset}-vit-seed{seed}")
+        own = {"vitheads": dict(num_heads=4), "vitmatched": dict(mlp_dim=160)}.get(model, {})
+        assert run.settings == (reference | dict(model=model, plugin=plugin_of(HERE / "runs" / place)) | own
+                                | changed.get(model, {}))
+        assert commit_of(run.facts) == commit_of(facts)
 
 
 # The READMEs.
@@ -94,7 +111,7 @@ def blocks_of(text):
 
 
 @pytest.mark.parametrize("folder", [HERE / "runs/reference", *(FAULTS / name for name in (
-    "activated", "ordered", "matched", "rate"))], ids=lambda folder: folder.name)
+    "activated", "ordered", "matched"))], ids=lambda folder: folder.name)
 def test_tables(folder):
     """The tables in a folder are those of its records, and every table in a README is one of these."""
     readme = HERE / "runs/reference/README.md" if folder.name == "reference" else FAULTS / "README.md"
@@ -106,37 +123,151 @@ def test_tables(folder):
                 assert all(block in texts for block in blocks_of(written)), f"{dataset}-{name}"
 
 
-def paired(dataset, model, figure_of):
-    runs = {(run.settings["model"], run.settings["seed"]): run
-            for run in map(records.read_run, REFERENCE) if run.settings["dataset"] == dataset}
-    return [figure_of(runs[model, seed]) - figure_of(runs["vit", seed]) for seed in range(5)]
+def test_tables_of_controls():
+    """The tables of the controls are those of their records and the reference's, and those in the READMEs are these."""
+    folder = HERE / "runs/controls"
+    readme = (folder / "README.md").read_text()
+    compared = re.findall(r"--compare (\w+) (\w+)", readme)
+    tables = plot.make_tables("mnist", plot.arrange(plot.find_runs(folder, HERE / "runs/reference")[0])["mnist"],
+                              compared)
+    for name, written in tables.items():
+        assert (folder / f"mnist-{name}.md").read_text() == written
+    assert {len(blocks_of(tables[name])) for name in ("comparisons", "partial-noise-table")} == {2}
+    assert all(block in readme for name in ("comparisons", "partial-noise-table") for block in blocks_of(tables[name]))
+    assert blocks_of(tables["comparisons"])[1] in README
+
+
+def runs_of(dataset, *folders):
+    """{(model, seed): run} of the reference and other folders."""
+    return {(run.settings["model"], run.settings["seed"]): run
+            for run in plot.find_runs(HERE / "runs/reference", *folders)[0] if run.settings["dataset"] == dataset}
+
+
+def paired(runs, model, other, figure_of, seeds=range(20)):
+    return [figure_of(runs[model, seed]) - figure_of(runs[other, seed]) for seed in seeds
+            if (model, seed) in runs and (other, seed) in runs]
 
 
 def accuracy(run):
     return 100 * run.summary["test_accuracy"]
 
 
-def noise_error(run):
-    return 100 * statistics.fmean(1 - value for name in plot.PIXEL_NOISES for value in run.noise[name])
+def noise_error(run, names=plot.PIXEL_NOISES):
+    return 100 * statistics.fmean(1 - value for name in names for value in run.noise[name])
 
 
-def test_the_answer():
-    """The figures of the README's first paragraph are those of the records."""
-    answer = " ".join(README.split("![")[0].split())
-    for dataset, digits in [("mnist", "by 0.05 points on MNIST"), ("fashionmnist", "by 0.35 on Fashion-MNIST")]:
-        differences = paired(dataset, "vitdiff", accuracy)
-        mean, half = statistics.fmean(differences), stats.half_interval(differences)
-        assert f"by {mean:.2f} " in digits and digits in answer
-        assert f"{mean - half:+.2f} to {mean + half:+.2f})" in answer
-    behind = [-statistics.fmean(paired(dataset, "vitdiffpaper", accuracy)) for dataset in ("mnist", "fashionmnist")]
-    assert "behind by {:.2f} and {:.2f}".format(*behind) in answer
-    noise = {model: paired("mnist", model, noise_error) for model in ("vitdiff", "vitdiffpaper", "vitdiffv2")}
-    assert all(difference < 0 for differences in noise.values() for difference in differences)
-    means = sorted(-statistics.fmean(differences) for differences in noise.values())
-    assert f"by {means[0]:.1f} to {means[-1]:.1f} points" in answer
-    noise = [paired("fashionmnist", model, noise_error) for model in ("vitdiff", "vitdiffpaper")]
-    assert all(difference < 0 for differences in noise for difference in differences)
-    assert "by {:.1f} and {:.1f}.".format(*(-statistics.fmean(differences) for differences in noise)) in answer
+def partial_error(run, part):
+    return noise_error(run, [records.PARTIAL_NOISE[part]])
+
+
+def ends(found, digits=2):
+    """A comparison's interval, as it is written."""
+    return "{:+.{digits}f} to {:+.{digits}f}".format(found.mean - found.half, found.mean + found.half, digits=digits)
+
+
+OTHERS = ["vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]
+NEW_SEEDS = range(5, 20)  # which no choice has seen
+
+
+@functools.cache
+def with_vit(dataset, figure_of, more_is_better=False, seeds=range(20)):
+    runs = runs_of(dataset)
+    return stats.compare({model: paired(runs, model, "vit", figure_of, seeds) for model in OTHERS}, more_is_better)
+
+
+def assert_says(*sentences):
+    text = " ".join(README.split())
+    for sentence in sentences:
+        assert sentence in text
+
+
+def test_the_verdict():
+    """The figures of accuracy in the README's answer and verdict are those of the records."""
+    found = with_vit("mnist", accuracy, True)
+    assert_says(
+        "is ahead of `vit` by {:.2f} points of accuracy (95% interval {}; p {:.3f}, corrected".format(
+            found["vitdiff"].mean, ends(found["vitdiff"]), found["vitdiff"].p_holm),
+        "with the parameters of `vit`, is behind by {:.2f} ({})".format(
+            -found["vitdiffpaper"].mean, ends(found["vitdiffpaper"])),
+        "`vitdiffpaper` is behind `vit` by {:.2f}, p {:.3f}".format(
+            -found["vitdiffpaper"].mean, found["vitdiffpaper"].p_holm),
+        "has the largest lead, {:.2f}, p {:.4f}".format(found["vitbalanced"].mean, found["vitbalanced"].p_holm))
+    assert max(OTHERS, key=lambda model: found[model].mean) == "vitbalanced"
+    loss = with_vit("mnist", lambda run: run.summary["test_loss"])["vitdiff"]
+    assert_says("ahead of `vit` on MNIST by {:.2f} points, p {:.3f}, and in test loss by {:.4f}, p {:.3f}".format(
+        found["vitdiff"].mean, found["vitdiff"].p_holm, -loss.mean, loss.p_holm))
+    new = with_vit("mnist", accuracy, True, NEW_SEEDS)
+    assert_says("agree: " + ", ".join(f"`{model}` {new[model].mean:+.2f}"
+                                      for model in ("vitdiff", "vitdiffpaper", "vitbalanced")))
+    assert all(new[model].p_holm < 0.06 for model in ("vitdiff", "vitdiffpaper", "vitbalanced"))
+    runs = runs_of("mnist", HERE / "runs/controls")
+    matched, heads = stats.compare({name: paired(runs, "vitdiff", name, accuracy)
+                                    for name in ("vitmatched", "vitheads")}, True).values()
+    assert_says(
+        "with an MLP of 160 by {:+.2f} ({}) and from one with four heads by {:+.2f} ({})".format(
+            matched.mean, ends(matched), heads.mean, ends(heads)),
+        "ten seeds would show a difference of {:.2f} in".format(max(matched.detectable, heads.detectable)))
+    fashion = with_vit("fashionmnist", accuracy, True).values()
+    assert min(found.p_holm for found in fashion) == 0.25
+    detectable = [found.detectable for found in fashion]
+    assert_says("show differences of {:.1f} to {:.1f} points".format(min(detectable), max(detectable)))
+    gains = [statistics.fmean(accuracy(run) for (model, _), run in runs_of(dataset).items() if model == "vit")
+             - 100 * plot.PUBLISHED[dataset, "vit"].test_accuracy for dataset in ("mnist", "fashionmnist")]
+    assert_says("`vit` itself gains {:.1f} and {:.1f} points".format(*gains))
+
+
+def test_the_noise():
+    """The figures of noise and attention in the README are those of the records."""
+    found, new = with_vit("mnist", noise_error), with_vit("mnist", noise_error, seeds=NEW_SEEDS)
+    means = sorted(-found[model].mean for model in OTHERS[1:])
+    vit = [run for (model, _), run in runs_of("mnist").items() if model == "vit"]
+    vitdiff = [run for (model, _), run in runs_of("mnist").items() if model == "vitdiff"]
+    assert_says("by {:.1f} to {:.1f} points of its {:.1f}".format(
+        means[0], means[-1], statistics.fmean(map(noise_error, vit))))
+    difference = "{:.2f} ({:.2f} to {:.2f})".format
+    written = [difference(-found[model].mean, -found[model].mean - found[model].half,
+                          -found[model].mean + found[model].half) for model in OTHERS[1:]]
+    assert_says("by {}, of `vitdiffpaper` by {}, of `vitdiffv2` by {}, each p below 0.0001".format(
+        written[0].replace(" (", " points ("), *written[1:]),
+        "alone give {:.2f}, {:.2f} and {:.2f}".format(*(-new[model].mean for model in OTHERS[1:])))
+    assert all(found[model].p_holm < 0.0001 for model in OTHERS[1:])
+    rest = with_vit("mnist", lambda run: noise_error(run, ["shot_noise", "occlusion", "distractors", "blur"]))
+    assert all(abs(rest[model].mean) < 1 and rest[model].p_holm > 0.1 for model in OTHERS[1:])
+    errors = [statistics.fmean(partial_error(run, part) for run in runs)
+              for part in ("irrelevant", "relevant") for runs in (vit, vitdiff)]
+    assert_says("`vit` errs in {:.1f}% and `vitdiff` in {:.1f}%, on the patches with it alone in {:.1f}% and {:.1f}%"
+                .format(*errors))
+    more = with_vit("mnist", lambda run: partial_error(run, "irrelevant") - partial_error(run, "relevant"))["vitdiff"]
+    assert_says("by {:.2f} points more ({:.2f} to {:.2f}), p {:.4f}".format(
+        -more.mean, -more.mean - more.half, -more.mean + more.half, more.p_holm))
+    share = with_vit("mnist", plot.trained_irrelevant_share)["vitdiff"]
+    assert_says("irrelevant patches {:.1f} points more of its weight".format(share.mean))
+    assert share.better == 0 and share.count == 20
+    for model in OTHERS[1:]:  # on Fashion-MNIST the signs are the same, and five seeds cannot make them significant
+        for figure, mnist in ((noise_error, found), (accuracy, with_vit("mnist", accuracy, True))):
+            fashion = with_vit("fashionmnist", figure, figure is accuracy)[model]
+            assert (fashion.mean > 0) == (mnist[model].mean > 0) and fashion.p_holm >= 0.25
+
+
+def test_why():
+    """The figures of the section Why are those of its table, and what it calls a difference is one there."""
+    text = README.split("## Why")[1].split("## ")[0]
+    rows = {cells[0].strip("| "): cells[1:] for cells in (
+        line.split(" | ") for line in text.splitlines() if line.startswith("| vit"))}
+    figures = {name: float(cells[0].split()[0]) for name, cells in rows.items()}
+    p_values = {name: float(cells[3]) for name, cells in rows.items()}
+    said = {"place of - (`vitsum`) version 2 makes {:.1f} points more errors": ["vitdiffv2 - vitsum"],
+            "(`vitheads`) bring {:.1f},": ["vitheads - vit"],
+            "(`vitcentered`) {:.1f};": ["vitcentered - vit"],
+            "ahead of these by {:.1f} and {:.1f}, and of as many parameters (`vitmatched`) by {:.1f}":
+                ["vitdiff - vitheads", "vitdiffv2 - vitcentered", "vitdiff - vitmatched"]}
+    for sentence, names in said.items():
+        assert_says(sentence.format(*(abs(figures[name]) for name in names)))
+        assert all(figures[name] < 0 and p_values[name] < 0.05 for name in names)
+    assert p_values["vitsum - vit"] > 0.05 and p_values["vitdiff - vitdiffnonorm"] > 0.05
+    low, high = re.search(r"\((\S+) to (\S+)\)", rows["vitdiff - vitdiffnonorm"][0]).groups()
+    assert_says(f"changes the error by {max(-float(low), float(high)):.1f} points at most (95%)")
+    assert len(text.strip().splitlines()) <= 24  # and the heading
 
 
 @pytest.mark.parametrize("dataset, chosen", [("mnist", 0), ("fashionmnist", 1)])
@@ -144,9 +275,9 @@ def test_trials(dataset, chosen):
     """The table of trials is that of the records, and by the rule above it a recipe other than the default is chosen
     where its lead is more than a standard error."""
     text, trials = (HERE / "runs/trials/README.md").read_text(), HERE / "runs/trials"
-    folders = [HERE / "runs/reference", *dict(
-        mnist=[HERE / "runs/faults/rate", trials / "decay-0.7"],
-        fashionmnist=[trials / "batch-256-muon-0.008", trials / "batch-256-muon-0.01"])[dataset]]
+    folders = dict(mnist=[trials / name for name in ("default", "muon-0.008", "decay-0.7")],
+                   fashionmnist=[HERE / "runs/reference", trials / "batch-256-muon-0.008",
+                                 trials / "batch-256-muon-0.01"])[dataset]
     losses = [[[records.read_summary(folder / f"{dataset}-{model}-seed{seed}")["val_loss"] for seed in range(5)]
                for model in ("vit", "vitdiff")] for folder in folders]
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith(f"| {dataset} |")]

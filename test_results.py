@@ -137,6 +137,7 @@ def test_tables_of_controls():
     assert blocks_of(tables["comparisons"])[1] in README
 
 
+@functools.cache
 def runs_of(dataset, *folders):
     """{(model, seed): run} of the reference and other folders."""
     return {(run.settings["model"], run.settings["seed"]): run
@@ -169,7 +170,6 @@ OTHERS = ["vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]
 NEW_SEEDS = range(5, 20)  # which no choice has seen
 
 
-@functools.cache
 def with_vit(dataset, figure_of, more_is_better=False, seeds=range(20)):
     runs = runs_of(dataset)
     return stats.compare({model: paired(runs, model, "vit", figure_of, seeds) for model in OTHERS}, more_is_better)
@@ -206,11 +206,11 @@ def test_the_verdict():
     assert_says(
         "with an MLP of 160 by {:+.2f} ({}) and from one with four heads by {:+.2f} ({})".format(
             matched.mean, ends(matched), heads.mean, ends(heads)),
-        "ten seeds would show a difference of {:.2f} in".format(max(matched.detectable, heads.detectable)))
+        "a difference of {:.2f} is detectable by ten".format(max(matched.detectable, heads.detectable)))
     fashion = with_vit("fashionmnist", accuracy, True).values()
     assert min(found.p_holm for found in fashion) == 0.25
     detectable = [found.detectable for found in fashion]
-    assert_says("show differences of {:.1f} to {:.1f} points".format(min(detectable), max(detectable)))
+    assert_says("differences of {:.1f} to {:.1f} points are detectable".format(min(detectable), max(detectable)))
     gains = [statistics.fmean(accuracy(run) for (model, _), run in runs_of(dataset).items() if model == "vit")
              - 100 * plot.PUBLISHED[dataset, "vit"].test_accuracy for dataset in ("mnist", "fashionmnist")]
     assert_says("`vit` itself gains {:.1f} and {:.1f} points".format(*gains))
@@ -256,7 +256,7 @@ def test_why():
         line.split(" | ") for line in text.splitlines() if line.startswith("| vit"))}
     figures = {name: float(cells[0].split()[0]) for name, cells in rows.items()}
     p_values = {name: float(cells[3]) for name, cells in rows.items()}
-    said = {"place of - (`vitsum`) version 2 makes {:.1f} points more errors": ["vitdiffv2 - vitsum"],
+    said = {"place of - (`vitsum`) makes {:.1f} points more errors": ["vitdiffv2 - vitsum"],
             "(`vitheads`) bring {:.1f},": ["vitheads - vit"],
             "(`vitcentered`) {:.1f};": ["vitcentered - vit"],
             "ahead of these by {:.1f} and {:.1f}, and of as many parameters (`vitmatched`) by {:.1f}":

@@ -159,9 +159,9 @@ def arrange(own, reference=()):
     lines_of = defaultdict(list)
     for line in group_runs(own, front=True) + group_runs(reference, front=False):
         lines_of[line.settings["dataset"]].append(line)
-    # The models of the reference have the same colours whatever stands in front of them.
-    models = list(dict.fromkeys(sorted({run.settings["model"] for run in reference})
-                                + sorted({run.settings["model"] for run in own})))
+    # The models of the reference, and those of no plugin, have the same colours whatever they are shown with.
+    models = list(dict.fromkeys(run.settings["model"] for runs in (reference, own) for run in sorted(
+        runs, key=lambda run: (run.settings["plugin"] is not None, run.settings["model"]))))
     for dataset, lines in lines_of.items():
         if not any(line.front for line in lines):
             lines = [line._replace(front=True) for line in lines]

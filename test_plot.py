@@ -251,6 +251,16 @@ def test_colours_of_the_reference_stay(tmp_path):
     assert len({line.style["color"] for line in beside.values()}) == 4
 
 
+def test_colours_beside_a_plugin(tmp_path):
+    """A model of no plugin has the same style whether a plugin's models are shown with it or not."""
+    for model in ("vit", "vitdiff"):
+        record(tmp_path, model)
+    alone = lines_in(tmp_path)["mnist"]
+    record(tmp_path, "vitcentered", plugin="plugin.py 0123456789ab")
+    beside = lines_in(tmp_path)["mnist"]
+    assert all(alone[model].style == beside[model].style for model in ("vit", "vitdiff"))
+
+
 # Curves.
 
 def test_mean_and_band(tmp_path):

@@ -697,7 +697,7 @@ def draw_attention(title, lines, figures):
 
 def draw_relevance(dataset, lines):
     return draw_attention(
-        f"{dataset}: absolute weight of the class token on patches without any of the object, lower is better",
+        f"{dataset}: absolute weight of the class token on patches without any of the object",
         lines, dict(irrelevant_share=("share of its weight", "{:.0%}".format)))
 
 

@@ -161,7 +161,7 @@ def arrange(own, reference=()):
         lines_of[line.settings["dataset"]].append(line)
     # The models of the reference, and those of no plugin, have the same colours whatever they are shown with.
     models = list(dict.fromkeys(run.settings["model"] for runs in (reference, own) for run in sorted(
-        runs, key=lambda run: (run.settings["plugin"] is not None, run.settings["model"]))))
+        runs, key=lambda run: (run.settings.get("plugin") is not None, run.settings["model"]))))
     for dataset, lines in lines_of.items():
         if not any(line.front for line in lines):
             lines = [line._replace(front=True) for line in lines]
@@ -732,7 +732,8 @@ def draw_maps(dataset, lines):
                              linewidths=0.6)
         figure.colorbar(shown, cax=axes.inset_axes([1.01, 0.05, 0.01, 0.9])).ax.tick_params(labelsize="x-small")
     figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; "
-                    f"seed {seeds}\nred: positive, blue: negative, white: none; one scale a row; black: outline of the image",
+                    f"seed {seeds}\nred: positive, blue: negative, white: none; one scale a row; black: outline of the "
+                    "image",
                     fontsize="medium", y=1 - 0.1 / figure.get_figheight(), va="top")
     return figure
 

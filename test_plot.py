@@ -127,13 +127,12 @@ def test_fresh_clone(tmp_path):
     rows = cells_of(written["table"])
     for model, row in rows.items():
         summaries = [json.loads((REFERENCE / f"mnist-{model}-seed{seed}/summary.json").read_text())
-                     for seed in range(5)]
+                     for seed in range(20)]
         for heading, name, number in [("validation loss", "val_loss", "{:.4f}"), ("test loss", "test_loss", "{:.4f}"),
                                       ("test accuracy", "test_accuracy", "{:.2%}")]:
             mean = statistics.fmean(summary[name] for summary in summaries)
             assert row[heading].replace("*", "").split(" ± ")[0] == number.format(mean)
-    assert rows["vit"]["validation loss"].startswith("0.5253") and rows["vit"]["seeds"] == "5"
-    assert cells_of(written["paired-table"])["vitdiffpaper"]["test loss (95% interval)"].startswith("+0.0037 ")
+        assert row["seeds"] == "20"
 
 
 def test_fresh_clone_and_one_trained_run(tmp_path):
@@ -147,8 +146,8 @@ def test_fresh_clone_and_one_trained_run(tmp_path):
                 plugin="my_attention.py 0123456789ab")
     lines = lines_in(tmp_path)["mnist"]
     assert {label: (line.front, len(line.runs)) for label, line in lines.items()} == {
-        "vitcosine": (True, 3), "vitdiff": (True, 1), "vit": (False, 5), "vitbalanced": (False, 5),
-        "vitdiff (reference)": (False, 5), "vitdiffpaper": (False, 5), "vitdiffv2": (False, 5)}
+        "vitcosine": (True, 3), "vitdiff": (True, 1), "vit": (False, 20), "vitbalanced": (False, 20),
+        "vitdiff (reference)": (False, 20), "vitdiffpaper": (False, 20), "vitdiffv2": (False, 20)}
     own, behind = lines["vitdiff"].style, lines["vitdiff (reference)"].style
     assert (own["color"], own["marker"]) == (behind["color"], behind["marker"])
     assert all(own[name] > behind[name] for name in ("linewidth", "alpha", "zorder"))
@@ -158,8 +157,8 @@ def test_fresh_clone_and_one_trained_run(tmp_path):
     axes = figures["val-loss"].axes[0]
     values = {model: numpy.mean([[row["val_loss"] for row in records.read_csv(
         REFERENCE / f"mnist-{model}-seed{seed}/metrics.csv")] for seed in seeds], axis=0)
-        for model, seeds in [("vit", range(5)), ("vitdiff", [1])]}
-    assert drawn(axes)["vit (5 seeds)"].get_ydata() == pytest.approx(values["vit"])
+        for model, seeds in [("vit", range(20)), ("vitdiff", [1])]}
+    assert drawn(axes)["vit (20 seeds)"].get_ydata() == pytest.approx(values["vit"])
     assert drawn(axes)["vitdiff (1 seed)"].get_ydata() == pytest.approx(values["vitdiff"])
     assert {text.get_text().rsplit(" ", 1)[0] for text in axes.texts} == {"vitcosine", "vitdiff", "vitdiff, published"}
 
@@ -613,9 +612,8 @@ def test_no_shared_corruption(tmp_path):
 
 def figures_of(run):
     """All that is drawn or written of a run."""
-    images, maps = run.maps
     return (run.settings, run.metrics, {name: run.summary[name] for name in records.SUMMARY_FIGURES}, run.noise,
-            run.attention, images.tobytes(), maps.tolist())
+            run.attention, [array.tolist() for array in run.maps or []])
 
 
 def damaged(chance, path, content):

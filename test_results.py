@@ -86,7 +86,9 @@ def plugin_of(folder):
 
 @pytest.mark.parametrize("place, dataset, models, seeds, changed", [
     ("controls", "mnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
-    ("faults/matched", "fashionmnist", "vit vitdiff", 3, {"vit": dict(mlp_dim=160)})])
+    ("faults/attention", "mnist", "vitdifftokennorm vitdiffnovember", 10, {}),
+    ("faults/matched", "fashionmnist", "vit vitdiff", 3, {"vit": dict(mlp_dim=160)}),
+    ("recipes", "mnist", "vit vitdiff", 10, {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)})])
 def test_one_change(place, dataset, models, seeds, changed):
     """Controls, faults and the other recipe have the settings and the commit of the reference, but for what is named:
     a plugin, a model, a setting."""
@@ -123,18 +125,41 @@ def test_tables(folder):
                 assert all(block in texts for block in blocks_of(written)), f"{dataset}-{name}"
 
 
-def test_tables_of_controls():
-    """The tables of the controls are those of their records and the reference's, and those in the READMEs are these."""
-    folder = HERE / "runs/controls"
-    readme = (folder / "README.md").read_text()
-    compared = re.findall(r"--compare (\w+) (\w+)", readme)
+@pytest.mark.parametrize("place, readme, shown", [
+    ("controls", "controls/README.md", ["comparisons", "partial-noise-table"]),
+    ("faults/attention", "faults/README.md", ["comparisons"])])
+def test_tables_beside_the_reference(place, readme, shown):
+    """The tables of runs that are compared with the reference are those of the records, and the README shows these."""
+    folder, text = HERE / "runs" / place, (HERE / "runs" / readme).read_text()
+    (command_line,) = re.findall(rf"python plot.py runs/{place} runs/reference (.*)", text)
     tables = plot.make_tables("mnist", plot.arrange(plot.find_runs(folder, HERE / "runs/reference")[0])["mnist"],
-                              compared)
+                              re.findall(r"--compare (\w+) (\w+)", command_line))
     for name, written in tables.items():
         assert (folder / f"mnist-{name}.md").read_text() == written
-    assert {len(blocks_of(tables[name])) for name in ("comparisons", "partial-noise-table")} == {2}
-    assert all(block in readme for name in ("comparisons", "partial-noise-table") for block in blocks_of(tables[name]))
-    assert blocks_of(tables["comparisons"])[1] in README
+    assert all(len(blocks_of(tables[name])) == 2 for name in shown)
+    assert all(block in text for name in shown for block in blocks_of(tables[name]))
+    assert place != "controls" or blocks_of(tables["comparisons"])[1] in README
+
+
+def test_the_other_recipe():
+    """The README of the recipe that lost has the tables of its records, and how they differ from the default's."""
+    folder = HERE / "runs/recipes"
+    text = (folder / "README.md").read_text()
+    lines = plot.arrange(plot.find_runs(folder)[0])["mnist"]
+    for name, written in plot.make_tables("mnist", lines).items():
+        assert (folder / f"mnist-{name}.md").read_text() == written
+        assert name not in ("table", "noise-table") or blocks_of(written)[-1] in text
+    default = runs_of("mnist")
+    other = {(run.settings["model"], run.settings["seed"]): run for line in lines for run in line.runs}
+    for figure_of, sentence in [
+            (accuracy, "by {here.mean:.2f} points here ({}) and by {there.mean:.2f} in the same ten seeds of the "
+                       "default recipe ({}), a change of {change.mean:+.2f} ({})"),
+            (noise_error, "by {0:.2f} points here and by {1:.2f} there, a change of {change.mean:+.2f} ({4})")]:
+        here, there = (paired(runs, "vitdiff", "vit", figure_of, range(10)) for runs in (other, default))
+        found = stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
+        intervals = map(ends, found.values())
+        numbers = [] if figure_of is accuracy else [-found["here"].mean, -found["there"].mean]
+        assert sentence.format(*numbers, *intervals, **found) in " ".join(text.split())
 
 
 @functools.cache

@@ -328,6 +328,16 @@ def test_what_training_prints():
     assert figures.format(**run.summary) in README
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "fashionmnist"])
+def test_one_seed(dataset):
+    """What a pair of single runs can show, in the README of the faults, is what the pairs of reference runs show."""
+    vit, vitdiff = ([accuracy(run) for (name, _), run in runs_of(dataset).items() if name == model]
+                    for model in ("vit", "vitdiff"))
+    differences = [b - a for a, b in itertools.product(vit, vitdiff)]
+    text = " ".join((FAULTS / "README.md").read_text().split())
+    assert f"from {min(differences):+.2f} to {max(differences):+.2f}" in text
+
+
 def test_three_epochs():
     """Three epochs of vitdiff on MNIST pass the best published accuracy."""
     summary = records.read_summary(HERE / "runs/three-epochs/mnist-vitdiff-seed0")

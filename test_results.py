@@ -86,6 +86,7 @@ def plugin_of(folder):
 
 @pytest.mark.parametrize("place, dataset, models, seeds, changed", [
     ("controls", "mnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
+    ("faults/activated", "mnist", "vit vitdiff", 10, {}),
     ("faults/attention", "mnist", "vitdifftokennorm vitdiffnovember", 10, {}),
     ("faults/matched", "fashionmnist", "vit vitdiff", 3, {"vit": dict(mlp_dim=160)}),
     ("recipes", "mnist", "vit vitdiff", 10, {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)})])

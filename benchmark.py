@@ -27,8 +27,7 @@ ROUNDS, CALLS = 10, 16
 NOTES = dict(
     benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
               "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
-              "square matrices in the same run; warm-up is the first step, compilation "
-              "included.",
+              "square matrices in the same run; warm-up is the first step, compilation included.",
     growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 

@@ -7,7 +7,7 @@ folder; for a data set of which the folder has no run of its own, the reference 
 seed alone are one line, their mean. Needs neither torch nor data. Writes, for each data set, into the first folder
 DATASET-table.md, -paired-table.md, -noise-table.md, -partial-noise-table.md, -attention-table.md and the charts
 DATASET-val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -partial-noise.png, -pixel-noise.png,
--relevance.png, -maps.png and -blocks.png.
+-relevance.png, -maps.png and -blocks.png; with --compare DATASET-comparisons.md, too.
 """
 
 import argparse

@@ -133,6 +133,11 @@ def test_fresh_clone(tmp_path):
             mean = statistics.fmean(summary[name] for summary in summaries)
             assert row[heading].replace("*", "").split(" ± ")[0] == number.format(mean)
         assert row["seeds"] == "20"
+    paper, vit = ([json.loads((REFERENCE / f"mnist-{model}-seed{seed}/summary.json").read_text())["test_loss"]
+                   for seed in range(20)] for model in ("vitdiffpaper", "vit"))
+    difference = statistics.fmean(paper) - statistics.fmean(vit)
+    cell = cells_of(written["paired-table"])["vitdiffpaper"]["test loss (95% interval)"]
+    assert cell.startswith(f"{difference:+.4f} (") and difference > 0
 
 
 def test_fresh_clone_and_one_trained_run(tmp_path):

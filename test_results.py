@@ -89,10 +89,12 @@ def plugin_of(folder):
     ("faults/activated", "mnist", "vit vitdiff", 10, {}),
     ("faults/attention", "mnist", "vitdifftokennorm vitdiffnovember", 10, {}),
     ("faults/matched", "fashionmnist", "vit vitdiff", 3, {"vit": dict(mlp_dim=160)}),
+    ("faults/ordered", "mnist", "vit vitdiff", 3, {}),
+    ("trials/muon-0.008", "mnist", "vit vitdiff", 5, {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)}),
     ("recipes", "mnist", "vit vitdiff", 10, {"vit": dict(muon_lr=0.008), "vitdiff": dict(muon_lr=0.008)})])
 def test_one_change(place, dataset, models, seeds, changed):
     """Controls, faults and the other recipe have the settings and the commit of the reference, but for what is named:
-    a plugin, a model, a setting."""
+    a plugin, a model, a setting; two folders are by an older commit."""
     runs, skipped = plot.find_runs(HERE / "runs" / place)
     assert not skipped
     assert sorted((run.settings["model"], run.settings["seed"]) for run in runs) == sorted(
@@ -103,7 +105,7 @@ def test_one_change(place, dataset, models, seeds, changed):
         own = {"vitheads": dict(num_heads=4), "vitmatched": dict(mlp_dim=160)}.get(model, {})
         assert run.settings == (reference | dict(model=model, plugin=plugin_of(HERE / "runs" / place)) | own
                                 | changed.get(model, {}))
-        assert commit_of(run.facts) == commit_of(facts)
+        assert place in ("faults/ordered", "trials/muon-0.008") or commit_of(run.facts) == commit_of(facts)
 
 
 # The READMEs.
@@ -150,8 +152,7 @@ def test_the_other_recipe():
     for name, written in plot.make_tables("mnist", lines).items():
         assert (folder / f"mnist-{name}.md").read_text() == written
         assert name not in ("table", "noise-table") or blocks_of(written)[-1] in text
-    default = runs_of("mnist")
-    other = {(run.settings["model"], run.settings["seed"]): run for line in lines for run in line.runs}
+    default, other = runs_of("mnist"), runs_of("mnist", "recipes")
     for figure_of, sentence in [
             (accuracy, "by {here.mean:.2f} points here ({}) and by {there.mean:.2f} in the same ten seeds of the "
                        "default recipe ({}), a change of {change.mean:+.2f} ({})"),
@@ -164,10 +165,10 @@ def test_the_other_recipe():
 
 
 @functools.cache
-def runs_of(dataset, *folders):
-    """{(model, seed): run} of the reference and other folders."""
-    return {(run.settings["model"], run.settings["seed"]): run
-            for run in plot.find_runs(HERE / "runs/reference", *folders)[0] if run.settings["dataset"] == dataset}
+def runs_of(dataset, *places):
+    """{(model, seed): run} of folders in runs/, by default of the reference."""
+    runs, _ = plot.find_runs(*(HERE / "runs" / place for place in places or ["reference"]))
+    return {(run.settings["model"], run.settings["seed"]): run for run in runs if run.settings["dataset"] == dataset}
 
 
 def paired(runs, model, other, figure_of, seeds=range(20)):
@@ -187,18 +188,24 @@ def partial_error(run, part):
     return noise_error(run, [records.PARTIAL_NOISE[part]])
 
 
-def ends(found, digits=2):
+def ends(found):
     """A comparison's interval, as it is written."""
-    return "{:+.{digits}f} to {:+.{digits}f}".format(found.mean - found.half, found.mean + found.half, digits=digits)
+    return f"{found.mean - found.half:+.2f} to {found.mean + found.half:+.2f}"
+
+
+def how_much_less(found):
+    """A comparison's interval, as it is written of what is less."""
+    return f"({-found.mean - found.half:.2f} to {-found.mean + found.half:.2f})"
 
 
 OTHERS = ["vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]
 NEW_SEEDS = range(5, 20)  # which no choice has seen
 
 
-def with_vit(dataset, figure_of, more_is_better=False, seeds=range(20)):
+def with_vit(dataset, figure_of, seeds=range(20)):
+    """{model: Comparison} with `vit`; `better` counts the seeds in which the figure is less."""
     runs = runs_of(dataset)
-    return stats.compare({model: paired(runs, model, "vit", figure_of, seeds) for model in OTHERS}, more_is_better)
+    return stats.compare({model: paired(runs, model, "vit", figure_of, seeds) for model in OTHERS}, False)
 
 
 def assert_says(*sentences):
@@ -209,7 +216,7 @@ def assert_says(*sentences):
 
 def test_the_verdict():
     """The figures of accuracy in the README's answer and verdict are those of the records."""
-    found = with_vit("mnist", accuracy, True)
+    found = with_vit("mnist", accuracy)
     assert_says(
         "is ahead of `vit` by {:.2f} points of accuracy (95% interval {}; p {:.3f}, corrected".format(
             found["vitdiff"].mean, ends(found["vitdiff"]), found["vitdiff"].p_holm),
@@ -222,18 +229,18 @@ def test_the_verdict():
     loss = with_vit("mnist", lambda run: run.summary["test_loss"])["vitdiff"]
     assert_says("ahead of `vit` on MNIST by {:.2f} points, p {:.3f}, and in test loss by {:.4f}, p {:.3f}".format(
         found["vitdiff"].mean, found["vitdiff"].p_holm, -loss.mean, loss.p_holm))
-    new = with_vit("mnist", accuracy, True, NEW_SEEDS)
+    new = with_vit("mnist", accuracy, NEW_SEEDS)
     assert_says("agree: " + ", ".join(f"`{model}` {new[model].mean:+.2f}"
                                       for model in ("vitdiff", "vitdiffpaper", "vitbalanced")))
     assert all(new[model].p_holm < 0.06 for model in ("vitdiff", "vitdiffpaper", "vitbalanced"))
-    runs = runs_of("mnist", HERE / "runs/controls")
+    runs = runs_of("mnist", "reference", "controls")
     matched, heads = stats.compare({name: paired(runs, "vitdiff", name, accuracy)
                                     for name in ("vitmatched", "vitheads")}, True).values()
     assert_says(
         "with an MLP of 160 by {:+.2f} ({}) and from one with four heads by {:+.2f} ({})".format(
             matched.mean, ends(matched), heads.mean, ends(heads)),
         "a difference of {:.2f} is detectable by ten".format(max(matched.detectable, heads.detectable)))
-    fashion = with_vit("fashionmnist", accuracy, True).values()
+    fashion = with_vit("fashionmnist", accuracy).values()
     assert min(found.p_holm for found in fashion) == 0.25
     detectable = [found.detectable for found in fashion]
     assert_says("differences of {:.1f} to {:.1f} points are detectable".format(min(detectable), max(detectable)))
@@ -244,17 +251,16 @@ def test_the_verdict():
 
 def test_the_noise():
     """The figures of noise and attention in the README are those of the records."""
-    found, new = with_vit("mnist", noise_error), with_vit("mnist", noise_error, seeds=NEW_SEEDS)
+    found, new = with_vit("mnist", noise_error), with_vit("mnist", noise_error, NEW_SEEDS)
     means = sorted(-found[model].mean for model in OTHERS[1:])
     vit = [run for (model, _), run in runs_of("mnist").items() if model == "vit"]
     vitdiff = [run for (model, _), run in runs_of("mnist").items() if model == "vitdiff"]
     assert_says("by {:.1f} to {:.1f} points of its {:.1f}".format(
         means[0], means[-1], statistics.fmean(map(noise_error, vit))))
-    difference = "{:.2f} ({:.2f} to {:.2f})".format
-    written = [difference(-found[model].mean, -found[model].mean - found[model].half,
-                          -found[model].mean + found[model].half) for model in OTHERS[1:]]
-    assert_says("by {}, of `vitdiffpaper` by {}, of `vitdiffv2` by {}, each p below 0.0001".format(
-        written[0].replace(" (", " points ("), *written[1:]),
+    figures = [figure for model in OTHERS[1:] for figure in (-found[model].mean, how_much_less(found[model]))]
+    assert_says(
+        "by {:.2f} points {}, of `vitdiffpaper` by {:.2f} {}, of `vitdiffv2` by {:.2f} {}, each p below 0.0001".format(
+            *figures),
         "alone give {:.2f}, {:.2f} and {:.2f}".format(*(-new[model].mean for model in OTHERS[1:])))
     assert all(found[model].p_holm < 0.0001 for model in OTHERS[1:])
     rest = with_vit("mnist", lambda run: noise_error(run, ["shot_noise", "occlusion", "distractors", "blur"]))
@@ -264,14 +270,13 @@ def test_the_noise():
     assert_says("`vit` errs in {:.1f}% and `vitdiff` in {:.1f}%, on the patches with it alone in {:.1f}% and {:.1f}%"
                 .format(*errors))
     more = with_vit("mnist", lambda run: partial_error(run, "irrelevant") - partial_error(run, "relevant"))["vitdiff"]
-    assert_says("by {:.2f} points more ({:.2f} to {:.2f}), p {:.4f}".format(
-        -more.mean, -more.mean - more.half, -more.mean + more.half, more.p_holm))
+    assert_says(f"by {-more.mean:.2f} points more {how_much_less(more)}, p {more.p_holm:.4f}")
     share = with_vit("mnist", plot.trained_irrelevant_share)["vitdiff"]
     assert_says("irrelevant patches {:.1f} points more of its weight".format(share.mean))
     assert share.better == 0 and share.count == 20
     for model in OTHERS[1:]:  # on Fashion-MNIST the signs are the same, and five seeds cannot make them significant
-        for figure, mnist in ((noise_error, found), (accuracy, with_vit("mnist", accuracy, True))):
-            fashion = with_vit("fashionmnist", figure, figure is accuracy)[model]
+        for figure, mnist in ((noise_error, found), (accuracy, with_vit("mnist", accuracy))):
+            fashion = with_vit("fashionmnist", figure)[model]
             assert (fashion.mean > 0) == (mnist[model].mean > 0) and fashion.p_holm >= 0.25
 
 

@@ -22,20 +22,20 @@ Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,
 
 # What each data set is, and `defaults`, the settings whose default depends on it. Mean and deviation are those of the
 # training archive's pixels, from 0 to 1. Augmentation keeps the class: a mirrored garment is one, a mirrored digit not.
-DIGITS = dict(epochs=20, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0, rotation=15.0,
-              scale=0.15, shear=0.15, shift=1.0, flip=False)
+DIGITS = dict(epochs=20, batch_size=128, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0,
+              rotation=15.0, scale=0.15, shear=0.15, shift=1.0, flip=False)
 # A cluttered data set: each image somewhere on a larger canvas, with fragments of others, as in Mnih et al. 2014
 # (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the image, not the canvas: the canvases
 # are new in every epoch, and without affine maps of the images on them `vit` learns faster.
-CLUTTER = dict(epochs=20, lr=3e-3, muon_lr=1e-2, weight_decay=0.03, patch_size=6, distractors=4, rotation=0.0,
-               scale=0.0, shear=0.0, shift=0.0)
+CLUTTER = dict(epochs=20, batch_size=128, lr=3e-3, muon_lr=1e-2, weight_decay=0.03, patch_size=6, distractors=4,
+               rotation=0.0, scale=0.0, shear=0.0, shift=0.0)
 DATASETS = {
     "mnist": dict(
         source="MNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1307], std=[0.3081],
         defaults=DIGITS),
     "fashionmnist": dict(
         source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
-        defaults=dict(epochs=30, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0,
+        defaults=dict(epochs=30, batch_size=256, lr=6e-3, muon_lr=8e-3, weight_decay=0.1, patch_size=7, distractors=0,
                       rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True)),
     "kmnist": dict(
         source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
@@ -43,7 +43,7 @@ DATASETS = {
     "cifar10": dict(
         source="CIFAR10", image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
-        defaults=dict(epochs=30, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
+        defaults=dict(epochs=30, batch_size=128, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
                       rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True)),
 }
 DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(

@@ -33,28 +33,15 @@ import stats
 from records import UserError
 from stats import BASELINE
 
-Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
-PUBLISHED = {  # from NanoDiffVision's README, one run each
-    ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
-    ("mnist", "vitbalanced"): Published(20, 55_626, 0.633, 0.624, 0.9553),
-    ("mnist", "vitdiff"): Published(20, 38_106, 0.624, 0.618, 0.9575),
-    ("fashionmnist", "vit"): Published(30, 33_802, 0.813, 0.826, 0.8586),
-    ("fashionmnist", "vitbalanced"): Published(30, 55_626, 0.792, 0.798, 0.8679),
-    ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
-}
-PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the other corruptions
-# Okabe and Ito's colours, for colour-blind eyes; dashes and markers, for grey print. 7 and 11 have no common divisor,
-# so the first 77 models differ in colour or marker.
-COLORS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
+# Okabe and Ito's colours, then a grey and five of Paul Tol's, for colour-blind eyes; dashes and markers, for grey
+# print. 13 and 11 have no common divisor, so the first 143 models differ in colour or marker.
+COLORS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9",
+          "#882255", "#7F7F7F", "#999933", "#332288", "#44AA99", "#AA4499"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
 BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
 BAND, INTERVAL = "mean over seeds, band: one standard deviation", "mean over seeds with its 95% interval"
-
-DETECTABLE_NOTE = ("Detectable: the smallest true difference that so many seeds, as far apart as these, show in 80% of "
-                   "experiments, by a 95% interval that leaves out 0.")
-INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
 
 # One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
 # settings: those of the first. front: drawn in full, as reference runs behind others are not. style: for matplotlib.
@@ -169,237 +156,6 @@ def arrange(own, reference=()):
     return dict(sorted(lines_of.items()))
 
 
-def keep_runs(lines, condition):
-    """The lines of only those runs for which the condition holds."""
-    kept = [line._replace(runs=[run for run in line.runs if condition(run)]) for line in lines]
-    return [line for line in kept if line.runs]
-
-
-def published_of(dataset, line):
-    """The published figures of a line's model, if it has as many parameters; None for any other."""
-    figures = PUBLISHED.get((dataset, line.model))
-    return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
-
-
-def published_in_front(dataset, lines):
-    """[(line, its published figures)], for each model in front once."""
-    found = {line.model: (line, published_of(dataset, line)) for line in reversed(lines) if line.front}
-    return [(line, figures) for line, figures in reversed(found.values()) if figures]
-
-
-def readable(name):
-    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
-    words = name.split("_")
-    if len(words) > 1 and words[-1].isdigit():
-        return f"{' '.join(words[:-1])}, severity {words[-1]}"
-    return " ".join(words)
-
-
-# What the analyses found.
-
-def shared_corruptions(lines):
-    """The corruptions of whole images that every run has met, and the number of severities that every run has met."""
-    found = [run.noise for line in lines for run in line.runs]
-    names = [name for name in (found[0] if found else [])
-             if name not in records.PARTIAL_NOISE.values() and all(name in noise for noise in found)]
-    return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
-
-
-def met_partial_noise(run):
-    return run.noise and {"gaussian_noise", *records.PARTIAL_NOISE.values()} <= set(run.noise)
-
-
-def noise_error(run, names, severities):
-    """The mean test error under some corruptions at severities from 1."""
-    return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
-
-
-def attention_axes(lines):
-    """The conditions and the blocks of all runs: two lists."""
-    found = [run.attention for line in lines for run in line.runs]
-    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
-            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
-
-
-def attention_of(run, condition, block, figure):
-    """A figure of a run's attention; nan where it has no such block or was not shown the condition. -1: the last."""
-    blocks = run.attention.get(condition, {})
-    return blocks.get(len(blocks) - 1 if block == -1 else block, {}).get(figure, math.nan)
-
-
-def uniform_share(lines, condition):
-    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
-    return next(run.attention[condition][0]["uniform_share"] for line in lines for run in line.runs
-                if condition in run.attention)
-
-
-def trained_irrelevant_share(run):
-    """The irrelevant share in the last block, in percent, under the condition that is most like the run's training."""
-    trained = f"{run.settings.get('distractors', 0)}_distractors"
-    return 100 * attention_of(run, trained if trained in run.attention else "clean", -1, "irrelevant_share")
-
-
-# Tables, in Markdown.
-
-def make_table(heading, columns, rows, *notes):
-    lines = [f"## {heading}", "", f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|",
-             *(f"| {' | '.join(cells)} |" for cells in rows)]
-    return "\n".join(lines + [text for note in notes for text in ("", note)]) + "\n"
-
-
-def result_table(dataset, lines):
-    """The figures of each line, the seed-paired difference of its accuracy from `vit`'s, and what is published."""
-    columns = ["model", "parameters", "seeds", "validation loss", "test loss", "test accuracy"]
-    rows = [[line.label, f"{line.runs[0].summary['parameters']:,}", str(len(line.runs))] for line in lines]
-    for name, best, number in [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
-                               ("test_accuracy", max, "{:.2%}".format)]:
-        samples = [[run.summary[name] for run in line.runs] for line in lines]
-        means = [number(statistics.fmean(values)) for values in samples]
-        for row, values, mean in zip(rows, samples, means):
-            bold = mean == best(means, key=lambda text: float(text.rstrip("%"))) and len(lines) > 1
-            row.append(stats.mean_cell(values, number).replace(mean, f"**{mean}**" if bold else mean, 1))
-    notes = [INTERVAL_NOTE] * any(
-        len(line.runs) > 1 for line in lines)
-    comparisons = stats.compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
-    if comparisons:
-        columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
-        for row, line in zip(rows, lines):
-            found = comparisons.get(line.label)
-            difference, better, _, p_holm, _ = stats.comparison_cells(found, 2) if found else [""] * 5
-            row += [difference, better, p_holm]
-        notes.append(stats.comparison_note(comparisons, f"`{BASELINE}`"))
-    published = [published_of(dataset, line) for line in lines]
-    if any(published):
-        columns.append("published")
-        for row, found in zip(rows, published):
-            row.append(f"{found.val_loss:.3f}, {found.test_loss:.3f}, {found.test_accuracy:.2%}" if found else "")
-        notes.append("Published: validation loss, test loss and test accuracy of one run of "
-                     f"{max(found.epochs for found in published if found)} epochs.")
-    return make_table(dataset, columns, rows, *notes)
-
-
-def paired_table(heading, lines, measures, compared=()):
-    """How each line differs from `vit` of the same recipe and seed; "" where none can be compared.
-
-    measures: {heading: (figure of a run, number of digits, whether more is better)}. compared: pairs of models to be
-    compared in place of each with `vit`.
-    """
-    columns, rows = ["model"], defaultdict(list)
-    for name, (figure_of, digits, more_is_better) in measures.items():
-        comparisons = stats.compare_lines(lines, figure_of, more_is_better, compared)
-        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)", "detectable"]
-        for label, found in comparisons.items():
-            rows[label] += stats.comparison_cells(found, digits)
-    if not rows:
-        return ""
-    return make_table(heading, columns, ([label, *cells] for label, cells in rows.items()),
-                      stats.comparison_note(comparisons, "the second model" if compared else f"`{BASELINE}`"),
-                      DETECTABLE_NOTE)
-
-
-def noise_tables(dataset, lines):
-    """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
-    names, severities = shared_corruptions(lines)
-
-    def errors(run):  # of each corruption, then of all
-        return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
-
-    noises = [name for name in names if name in PIXEL_NOISES]
-    parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
-             "mean of all": names} if noises else {"mean of all": names}
-    rows = []
-    for line in lines:
-        columns, pairs = list(zip(*map(errors, line.runs))), stats.pair_with_baseline(line, lines)
-        cells = [*(f"{statistics.fmean(column):.1%}" for column in columns[:-1]),
-                 stats.mean_cell(columns[-1], "{:.1%}".format)]
-        sums = [[sum(column) for column in zip(*map(errors, runs))] for runs in zip(*pairs)] or [[0] * len(cells)] * 2
-        rows.append([line.label, str(len(line.runs)), *(
-            cell + (f" ({own / base:.2f})" if base else "") for cell, own, base in zip(cells, *sums))])
-    return make_table(
-        f"{dataset}: mean test error over severities 1 to {severities} (ratio to that of `{BASELINE}`)",
-        ["model", "seeds", *map(readable, names), "mean"], rows,
-        f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds.") + "\n" + paired_table(
-            f"{dataset}: difference in the mean test error", lines,
-            {f"{what}, points": (lambda run, part=part: 100 * noise_error(run, part, severities), 2, False)
-             for what, part in parts.items() if part})
-
-
-def partial_noise_tables(dataset, lines):
-    """The mean test error under Gaussian noise on a part of the image, and the paired difference of each part."""
-    _, severities = shared_corruptions(lines)
-    parts = {f"{part} patches": name for part, name in records.PARTIAL_NOISE.items()}
-
-    def error(run, name):
-        return noise_error(run, [name], severities)
-
-    rows = [[line.label, str(len(line.runs)),
-             stats.mean_cell([1 - run.summary["test_accuracy"] for run in line.runs], "{:.1%}".format),
-             *(stats.mean_cell([error(run, name) for run in line.runs], "{:.1%}".format)
-               for name in [*parts.values(), "gaussian_noise"])] for line in lines]
-    measures = {f"noise on {part}, points": (lambda run, name=name: 100 * error(run, name), 2, False)
-                for part, name in parts.items()}
-    relevant, irrelevant = parts.values()
-    measures["irrelevant less relevant, points"] = (
-        lambda run: 100 * (error(run, irrelevant) - error(run, relevant)), 2, False)
-    return make_table(
-        f"{dataset}: mean test error over severities 1 to {severities} of Gaussian noise on a part of the image",
-        ["model", "seeds", "clean", *(f"noise on {part}" for part in parts), "noise on the whole image"], rows,
-        INTERVAL_NOTE) + "\n" + paired_table(
-            f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
-
-
-def comparison_tables(dataset, lines, compared):
-    """The paired differences of the pairs of models in `compared`, a table for each figure."""
-    noise = keep_runs(lines, lambda run: run.noise)
-    names, severities = shared_corruptions(noise)
-    tables = [paired_table(f"{dataset}: differences between models in accuracy", lines, {
-        "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}, compared)]
-    if set(PIXEL_NOISES) <= set(names):
-        tables.append(paired_table(f"{dataset}: differences between models in the error under noise", noise, {
-            "error under gaussian and impulse noise, points": (
-                lambda run: 100 * noise_error(run, PIXEL_NOISES, severities), 2, False)}, compared))
-    return "\n".join(filter(None, tables))
-
-
-def attention_tables(dataset, lines):
-    """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
-    irrelevant weight per patch, and the paired difference of the share."""
-    conditions, _ = attention_axes(lines)
-    rows = []
-    for line in lines:
-        rows.append([line.label, str(len(line.runs))])
-        for condition in conditions:
-            shares, ratios = ([attention_of(run, condition, -1, name) for run in line.runs]
-                              for name in ("irrelevant_share", "signal_to_noise"))
-            text = f"{stats.mean_cell(shares, '{:.1%}'.format)} ({statistics.fmean(ratios):.2f})"
-            rows[-1].append("" if math.isnan(sum(shares)) else text)
-    uniform = [f"{uniform_share(lines, condition):.1%} (1.00)" for condition in conditions]
-    return make_table(
-        f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
-        ["model", "seeds", *map(readable, conditions)], [*rows, ["uniform attention", "", *uniform]],
-        INTERVAL_NOTE) + "\n" + paired_table(
-            f"{dataset}: difference in the irrelevant share, on images as in training", lines,
-            {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
-
-
-def make_tables(dataset, lines, compared=()):
-    """{name: Markdown} of a data set."""
-    noise = keep_runs(lines, lambda run: run.noise)
-    partial = keep_runs(lines, met_partial_noise)
-    attention = keep_runs(lines, lambda run: run.attention)
-    tables = {
-        "table": result_table(dataset, lines),
-        "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
-            "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
-            "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
-        "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
-        "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
-        "attention-table": attention_tables(dataset, attention) if attention else "",
-        "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
-    }
-    return {name: table for name, table in tables.items() if table}
-
-
 # Parts of charts. All sizes are in inches, so that no layout has to be searched for.
 
 CHARACTER, TEXT_LINE = 0.075, 0.19  # of small text
@@ -494,6 +250,12 @@ def spread(heights, gap, low, high):
 
 # Charts of the training.
 
+def published_in_front(dataset, lines):
+    """[(line, its published figures)], for each model in front once."""
+    found = {line.model: (line, stats.published_of(dataset, line)) for line in reversed(lines) if line.front}
+    return [(line, figures) for line, figures in reversed(found.values()) if figures]
+
+
 def draw_curves(title, ylabel, number, lines, panels, published=(), skip=0.0):
     """A figure of curves over epochs, panels side by side.
 
@@ -506,7 +268,7 @@ def draw_curves(title, ylabel, number, lines, panels, published=(), skip=0.0):
     figure, axes_of = new_figure(title, lines, BAND, 1, len(panels), (5.2 if len(panels) == 1 else 3.6, max(
         3.2, TEXT_LINE * (len(texts) + 1))), right=margin, gap=(margin + 0.6, 0))
     for axes, (column, heading) in zip(axes_of[0], panels.items()):
-        shown = keep_runs(lines, lambda run: column in run.metrics)
+        shown = stats.keep_runs(lines, lambda run: column in run.metrics)
         seen = [value for _, value in published]  # the heights that the frame must hold
         last = max(len(line.runs[0].metrics[column]) for line in shown)
         ends = [(line, last, value, f"{line.model}, published", 0.65) for line, value in published]
@@ -590,7 +352,7 @@ def draw_lambda(dataset, lines):
               if re.fullmatch(r"lambda_\d+", name)}
     if not blocks:
         return None
-    lines = keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks))
+    lines = stats.keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks))
     return draw_curves(f"{dataset}: lambda, the weight of the second attention map\nmean over heads and tokens of the "
                        "validation split", "lambda", "{:.3f}".format, lines,
                        {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
@@ -600,7 +362,7 @@ def draw_lambda(dataset, lines):
 
 def draw_severities(title, lines, panels):
     """Accuracy by severity, a panel a corruption; severity 0 is the clean test split. panels: {corruption: heading}."""
-    _, severities = shared_corruptions(lines)
+    _, severities = stats.shared_corruptions(lines)
     figure, grid = new_figure(title, lines, BAND, math.ceil(len(panels) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
     for axes, (name, heading) in zip(grid.flat, panels.items()):
         for line in lines:
@@ -619,14 +381,17 @@ def draw_severities(title, lines, panels):
 
 
 def draw_noise(dataset, lines):
-    lines = keep_runs(lines, lambda run: run.noise)
-    names, _ = shared_corruptions(lines)
-    return draw_severities(f"{dataset}: trained without corruption, tested with it", lines,
-                           {name: readable(name) for name in names}) if names else None
+    lines = stats.keep_runs(lines, lambda run: run.noise)
+    names, _ = stats.shared_corruptions(lines)
+    cluttered = any(line.settings.get("distractors") for line in lines)
+    training = "trained with distractors, tested with other corruptions, too" if cluttered else (
+        "trained without corruption, tested with it")
+    return draw_severities(f"{dataset}: {training}", lines,
+                           {name: stats.readable(name) for name in names}) if names else None
 
 
 def draw_partial_noise(dataset, lines):
-    lines = keep_runs(lines, met_partial_noise)
+    lines = stats.keep_runs(lines, stats.met_partial_noise)
     panels = {name: f"on {part} patches" for part, name in records.PARTIAL_NOISE.items()}
     return draw_severities(f"{dataset}: Gaussian noise on a part of the image; relevant is a patch with any of the "
                            "object", lines, panels | {"gaussian_noise": "on the whole image"}) if lines else None
@@ -634,11 +399,11 @@ def draw_partial_noise(dataset, lines):
 
 def draw_pixel_noise(dataset, lines):
     """The mean error under Gaussian and impulse noise, a row a line, those with the fewest errors at the bottom."""
-    lines = keep_runs(lines, lambda run: run.noise)
-    names, severities = shared_corruptions(lines)
-    if not set(PIXEL_NOISES) <= set(names):
+    lines = stats.keep_runs(lines, lambda run: run.noise)
+    names, severities = stats.shared_corruptions(lines)
+    if not set(stats.PIXEL_NOISES) <= set(names):
         return None
-    samples = [[noise_error(run, PIXEL_NOISES, severities) for run in line.runs] for line in lines]
+    samples = [[stats.noise_error(run, stats.PIXEL_NOISES, severities) for run in line.runs] for line in lines]
     order = sorted(range(len(lines)), key=lambda i: statistics.fmean(samples[i]))
     margin = 0.3 + CHARACTER * 1.15 * max(len(seeds_of(line)) for line in lines)
     width, height = margin + 5.2, 1.3 + 0.28 * len(lines)
@@ -667,23 +432,23 @@ def draw_attention(title, lines, figures):
 
     figures: {name in attention.csv: (its axis, how a value is written)}.
     """
-    lines = keep_runs(lines, lambda run: run.attention)
+    lines = stats.keep_runs(lines, lambda run: run.attention)
     if not lines:
         return None
-    conditions, blocks = attention_axes(lines)
-    texts = [readable(condition).replace(", ", "\n") for condition in conditions]
+    conditions, blocks = stats.attention_axes(lines)
+    texts = [stats.readable(condition).replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(f"{title}\nmean of the heads over the test split", lines, INTERVAL, len(figures),
                                 len(blocks), (max(3.4, 1.1 * len(conditions)), 2.4), gap=(0.2, 0.25), sharex=True,
                                 sharey="row")
     for row, (name, (ylabel, number)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
             for offset, line in zip(side_by_side(0.7, lines), lines):
-                samples = [[attention_of(run, condition, block, name) for run in line.runs]
+                samples = [[stats.attention_of(run, condition, block, name) for run in line.runs]
                            for condition in conditions]
                 draw_intervals(axes, [i + offset for i in range(len(conditions))], samples, line, linestyle="none")
             if name == "irrelevant_share":
                 for i, condition in enumerate(conditions):
-                    axes.plot([i - 0.42, i + 0.42], [uniform_share(lines, condition)] * 2, color="0.3",
+                    axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",
                               linestyle="--", linewidth=1.2, label="uniform attention")
                 axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
             axes.set_xticks(range(len(conditions)), texts, fontsize="small")
@@ -710,7 +475,7 @@ def draw_blocks(dataset, lines):
 def draw_maps(dataset, lines):
     """Eight images, and under them the class token's map in the last block of one run a line, with the outline of its
     image: of all lines in front, and of `vit` behind them."""
-    lines = [line for line in keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
+    lines = [line for line in stats.keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
     if not lines:
         return None
     figure = Figure(figsize=(11, 0.9 + 1.2 * (1 + len(lines))))
@@ -773,30 +538,34 @@ def write_chart(out, file_format, dataset, lines, name):
     return path
 
 
-def plot(folders, out, file_format, with_reference, compared):
+def plot(args):
+    folders, out = args.folders, args.out or args.folders[0]
     for folder in folders:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} is a run: name the folder that it lies in, {folder.parent}")
     own, skipped = find_runs(*dict.fromkeys(folders))
-    reference, more_skipped = find_runs(*find_references(folders)) if with_reference else ([], [])
+    reference, more_skipped = find_runs(*find_references(folders)) if args.reference else ([], [])
     for line in skipped + more_skipped:
         print(f"skipped {line}", file=sys.stderr)
+    if args.seed:
+        own, reference = ([run for run in runs if run.settings["seed"] in args.seed] for runs in (own, reference))
     if not own and not reference:
-        raise UserError(f"there is no finished run in {', '.join(map(str, folders))}: train one with train.py first")
+        raise UserError(f"there is no finished run {'of these seeds ' if args.seed else ''}in "
+                        f"{', '.join(map(str, folders))}: train one with train.py first")
     datasets = arrange(own, reference)
-    for model in itertools.chain(*compared):
+    for model in itertools.chain(*args.compare):
         records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
     for dataset, lines in datasets.items():
-        for name, table in make_tables(dataset, lines, compared).items():
+        for name, table in stats.make_tables(dataset, lines, args.compare).items():
             print(table)
             records.write_whole(out / f"{dataset}-{name}.md", table)
     charts = [(dataset, lines, name) for dataset, lines in datasets.items() for name in CHARTS]
     with ProcessPoolExecutor() as pool:
-        for path in filter(None, pool.map(functools.partial(write_chart, out, file_format), *zip(*charts))):
+        for path in filter(None, pool.map(functools.partial(write_chart, out, args.format), *zip(*charts))):
             print(path)
 
 
@@ -811,9 +580,8 @@ def main(argv=None):
                         help="do not draw the folders' reference runs")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("MODEL", "OTHER"),
                         help="compare two models seed by seed; given several times, p is corrected for all of them")
-    args = parser.parse_args(argv)
-    return records.exit_status("plot.py", plot, args.folders, args.out or args.folders[0], args.format, args.reference,
-                               args.compare)
+    parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw the runs of these seeds alone")
+    return records.exit_status("plot.py", plot, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,6 @@ RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
 SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTINGS]
 SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
-METRICS = ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
-           "images_per_second"]  # columns of metrics.csv, and lambda_0, lambda_1, ... of the differential blocks
 # Corruptions in noise.csv, besides those of whole images: {part of the image: name}.
 PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
@@ -161,7 +159,7 @@ def write_config(folder, settings, facts, plugin=None):
 
 
 def write_metrics(folder, rows):
-    """rows: a dict of numbers for each epoch."""
+    """rows: a dict of numbers for each epoch, with lambda_0, lambda_1, ... of the differential blocks."""
     write_csv(folder / "metrics.csv", rows, lr="{:.8g}", seconds="{:.3f}", images_per_second="{:.0f}")
 
 

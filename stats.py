@@ -1,6 +1,7 @@
-"""What runs say together: intervals over seeds, and models compared with `vit` seed by seed, as numbers and in words.
+"""What runs say together: intervals over seeds, models compared with `vit` seed by seed, and the tables of both.
 
 Student's t for intervals, the exact sign-flip permutation test for p, Holm's correction for several comparisons.
+`plot.py` prints the tables and writes them beside its charts. A line is its `Line`: the runs of a model by seed.
 """
 
 import functools
@@ -13,6 +14,16 @@ import numpy
 import records
 
 BASELINE = "vit"  # what every other model is compared with
+PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the other corruptions
+Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
+PUBLISHED = {  # from NanoDiffVision's README, one run each
+    ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
+    ("mnist", "vitbalanced"): Published(20, 55_626, 0.633, 0.624, 0.9553),
+    ("mnist", "vitdiff"): Published(20, 38_106, 0.624, 0.618, 0.9575),
+    ("fashionmnist", "vit"): Published(30, 33_802, 0.813, 0.826, 0.8586),
+    ("fashionmnist", "vitbalanced"): Published(30, 55_626, 0.792, 0.798, 0.8679),
+    ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
+}
 # Of one row's differences: their mean, half the mean's 95% interval, how many of how many are for the better, the p of
 # the sign-flip test, that p corrected by Holm over all rows, and what difference so many seeds would have shown.
 Comparison = namedtuple("Comparison", "mean half better count p p_holm detectable")
@@ -111,11 +122,11 @@ def pair_with_baseline(line, lines, baseline=BASELINE):
     return pairs
 
 
-def compare_lines(lines, figure_of, more_is_better, compared=()):
-    """{label: Comparison} with `vit`, of the other models' lines that share two or more seeds with it; or of the pairs
-    of models in `compared`, each model with the one named after it.
+def paired_differences(lines, figure_of, compared=()):
+    """{label: differences} from `vit`, of the other models' lines that share two or more seeds with it; or between the
+    models of each pair in `compared`, the first minus the second.
 
-    figure_of: a number of a run; a pair in which it is nan is left out.
+    figure_of: a number of a run; a pair of runs in which it is nan is left out.
     """
     contrasts = [(line.label, line, BASELINE) for line in lines if line.model != BASELINE]
     if compared:
@@ -127,19 +138,98 @@ def compare_lines(lines, figure_of, more_is_better, compared=()):
         differences = [difference for difference in differences if not math.isnan(difference)]
         if len(differences) > 1:
             rows[label] = differences
-    return compare(rows, more_is_better)
+    return rows
 
 
-# Cells and captions of tables.
+def compare_lines(lines, figure_of, more_is_better, compared=()):
+    """{label: Comparison} of the differences that paired_differences finds."""
+    return compare(paired_differences(lines, figure_of, compared), more_is_better)
+
+
+# Figures of runs: what was published, and what the analyses found.
+
+def keep_runs(lines, condition):
+    """The lines of only those runs for which the condition holds."""
+    kept = [line._replace(runs=[run for run in line.runs if condition(run)]) for line in lines]
+    return [line for line in kept if line.runs]
+
+
+def published_of(dataset, line):
+    """The published figures of a line's model, if it has as many parameters; None for any other."""
+    figures = PUBLISHED.get((dataset, line.model))
+    return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
+
+
+def readable(name):
+    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
+    words = name.split("_")
+    if len(words) > 1 and words[-1].isdigit():
+        return f"{' '.join(words[:-1])}, severity {words[-1]}"
+    return " ".join(words)
+
+
+def shared_corruptions(lines):
+    """The corruptions of whole images that every run has met, and the number of severities that every run has met."""
+    found = [run.noise for line in lines for run in line.runs]
+    names = [name for name in (found[0] if found else [])
+             if name not in records.PARTIAL_NOISE.values() and all(name in noise for noise in found)]
+    return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
+
+
+def met_partial_noise(run):
+    return run.noise and {"gaussian_noise", *records.PARTIAL_NOISE.values()} <= set(run.noise)
+
+
+def noise_error(run, names, severities):
+    """The mean test error under some corruptions at severities from 1."""
+    return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
+
+
+def attention_axes(lines):
+    """The conditions and the blocks of all runs: two lists."""
+    found = [run.attention for line in lines for run in line.runs]
+    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
+            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
+
+
+def attention_of(run, condition, block, figure):
+    """A figure of a run's attention; nan where it has no such block or was not shown the condition. -1: the last."""
+    blocks = run.attention.get(condition, {})
+    return blocks.get(len(blocks) - 1 if block == -1 else block, {}).get(figure, math.nan)
+
+
+def uniform_share(lines, condition):
+    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
+    return next(run.attention[condition][0]["uniform_share"] for line in lines for run in line.runs
+                if condition in run.attention)
+
+
+def trained_irrelevant_share(run):
+    """The irrelevant share in the last block, in percent, under the condition that is most like the run's training."""
+    trained = f"{run.settings.get('distractors', 0)}_distractors"
+    return 100 * attention_of(run, trained if trained in run.attention else "clean", -1, "irrelevant_share")
+
+
+# Tables, in Markdown: cells, captions, and each table of a data set.
+
+DETECTABLE_NOTE = ("Detectable: the smallest true difference whose 95% interval, not corrected, excludes 0 in 80% of "
+                   "experiments with this number and this spread of seeds.")
+INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
+
 
 def mean_cell(values, number):
-    """The mean, and half its 95% interval where there are several values."""
-    half = half_interval(values)
-    return number(statistics.fmean(values)) + (f" ± {number(half)}" if half is not None else "")
+    """The mean, and half its 95% interval where there are several values; empty if one is nan."""
+    mean, half = statistics.fmean(values), half_interval(values)
+    if math.isnan(mean):
+        return ""
+    return number(mean) + (f" ± {number(half)}" if half is not None else "")
 
 
 def comparison_cells(found, digits):
-    """The difference with its interval, in how many seeds it is for the better, p, p by Holm, what could be shown."""
+    """The difference with its interval, in how many seeds it is better, p, p by Holm, what could be shown; empty cells
+    where nothing was found."""
+    if found is None:
+        return [""] * 5
     ends = (found.mean + sign * found.half for sign in (0, -1, 1))
     return ["{} ({} to {})".format(*(f"{value:+.{digits}f}" for value in ends)), f"{found.better} of {found.count}",
             f"{found.p:.3g}", f"{found.p_holm:.3g}", f"{found.detectable:.{digits}f}"]
@@ -149,8 +239,199 @@ def comparison_note(comparisons, baseline):
     """What the columns of a comparison with a baseline say."""
     counts = {found.count for found in comparisons.values()}
     text = (f"The difference is from {baseline} of the same recipe and seed: its mean over seeds with a 95% interval "
-            "(Student's t), and in how many seeds it is for the better. p is that of the exact sign-flip test over "
-            "seeds, two-sided; p (Holm) is corrected by Holm's method for the number of rows compared, "
+            "(Student's t), and in how many seeds the model is better. p is that of the exact two-sided sign-flip "
+            "test over seeds, without and with Holm's correction for the number of rows compared, "
             f"{len(comparisons)}.")
     return text + (f" With {max(counts)} seeds p cannot be below {2 / 2**max(counts):.3g} before the correction."
                    if len(counts) == 1 else "")
+
+
+def make_table(heading, columns, rows, *notes):
+    lines = [f"## {heading}", "", f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|",
+             *(f"| {' | '.join(cells)} |" for cells in rows)]
+    return "\n".join(lines + [text for note in notes for text in ("", note)]) + "\n"
+
+
+def result_table(dataset, lines):
+    """The figures of each line, the seed-paired difference of its accuracy from `vit`'s, and what is published."""
+    columns = ["model", "parameters", "seeds", "validation loss", "test loss", "test accuracy"]
+    rows = [[line.label, f"{line.runs[0].summary['parameters']:,}", str(len(line.runs))] for line in lines]
+    for name, best, number in [("val_loss", min, "{:.4f}".format), ("test_loss", min, "{:.4f}".format),
+                               ("test_accuracy", max, "{:.2%}".format)]:
+        samples = [[run.summary[name] for run in line.runs] for line in lines]
+        means = [number(statistics.fmean(values)) for values in samples]
+        for row, values, mean in zip(rows, samples, means):
+            bold = mean == best(means, key=lambda text: float(text.rstrip("%"))) and len(lines) > 1
+            row.append(mean_cell(values, number).replace(mean, f"**{mean}**" if bold else mean, 1))
+    notes = [INTERVAL_NOTE] if any(len(line.runs) > 1 for line in lines) else []
+    comparisons = compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
+    if comparisons:
+        columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
+        for row, line in zip(rows, lines):
+            difference, better, _, p_holm, _ = comparison_cells(comparisons.get(line.label), 2)
+            row += [difference, better, p_holm]
+        notes.append(comparison_note(comparisons, f"`{BASELINE}`"))
+    published = [published_of(dataset, line) for line in lines]
+    if any(published):
+        columns.append("published")
+        for row, found in zip(rows, published):
+            row.append(f"{found.val_loss:.3f}, {found.test_loss:.3f}, {found.test_accuracy:.2%}" if found else "")
+        notes.append("Published: validation loss, test loss and test accuracy of one run of "
+                     f"{max(found.epochs for found in published if found)} epochs.")
+    return make_table(dataset, columns, rows, *notes)
+
+
+def paired_table(heading, lines, measures, compared=()):
+    """How each line differs from `vit` of the same recipe and seed; "" where none can be compared.
+
+    measures: {heading: (figure of a run, number of digits, whether more is better)}. compared: pairs of models to be
+    compared in place of each with `vit`.
+    """
+    columns, found = ["model"], []
+    for name, (figure_of, digits, more_is_better) in measures.items():
+        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)", "detectable"]
+        found.append((compare_lines(lines, figure_of, more_is_better, compared), digits))
+    labels = dict.fromkeys(label for comparisons, _ in found for label in comparisons)
+    if not labels:
+        return ""
+    rows = [[label, *(cell for comparisons, digits in found
+                      for cell in comparison_cells(comparisons.get(label), digits))] for label in labels]
+    most, _ = max(found, key=lambda pair: len(pair[0]))
+    return make_table(heading, columns, rows, comparison_note(
+        most, "the second model" if compared else f"`{BASELINE}`"), DETECTABLE_NOTE)
+
+
+def noise_tables(dataset, lines):
+    """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
+    names, severities = shared_corruptions(lines)
+
+    def errors(run):  # of each corruption, then of all
+        return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
+
+    noises = [name for name in names if name in PIXEL_NOISES]
+    parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
+             "mean of all": names} if noises else {"mean of all": names}
+    rows = []
+    for line in lines:
+        *columns, means = zip(*map(errors, line.runs))
+        cells = [*(f"{statistics.fmean(column):.1%}" for column in columns), mean_cell(means, "{:.1%}".format)]
+        pairs = pair_with_baseline(line, lines)
+        if pairs:
+            own, base = ([sum(column) for column in zip(*map(errors, runs))] for runs in zip(*pairs))
+            cells = [cell + (f" ({a / b:.2f})" if b else "") for cell, a, b in zip(cells, own, base)]
+        rows.append([line.label, str(len(line.runs)), *cells])
+    tables = [make_table(
+        f"{dataset}: mean test error over severities 1 to {severities} (ratio to that of `{BASELINE}`)",
+        ["model", "seeds", *map(readable, names), "mean"], rows,
+        f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds."), paired_table(
+            f"{dataset}: difference in the mean test error", lines,
+            {f"{what}, points": (lambda run, part=part: 100 * noise_error(run, part, severities), 2, False)
+             for what, part in parts.items() if part}), corruption_table(dataset, lines, names, severities)]
+    return "\n".join(filter(None, tables))
+
+
+def corruption_table(dataset, lines, names, severities):
+    """The paired difference of the test error under each corruption, with one correction for all of them."""
+    found = compare({(label, name): differences for name in names for label, differences in (
+        paired_differences(lines, lambda run: 100 * noise_error(run, [name], severities)).items())}, False)
+    labels = dict.fromkeys(label for label, _ in found)
+    if not labels:
+        return ""
+    cells = {key: comparison_cells(comparison, 2)[0] for key, comparison in found.items()}
+    rows = [[label, *(f"**{cells[label, name]}**" if found[label, name].p_holm < 0.05 else cells[label, name]
+                      for name in names)] for label in labels]
+    return make_table(
+        f"{dataset}: difference in the test error under each corruption, points", ["model", *map(readable, names)],
+        rows, f"The difference is from `{BASELINE}` of the same recipe and seed: its mean over seeds with a 95% "
+        "interval (Student's t). Bold: p is below 0.05 by the exact two-sided sign-flip test with Holm's correction "
+        f"for all {len(found)} cells.")
+
+
+def partial_noise_tables(dataset, lines):
+    """The mean test error under Gaussian noise on a part of the image, and the paired difference of each part."""
+    _, severities = shared_corruptions(lines)
+
+    def clean(run):
+        return 1 - run.summary["test_accuracy"]
+
+    def relevant(run):
+        return noise_error(run, [records.PARTIAL_NOISE["relevant"]], severities)
+
+    def irrelevant(run):
+        return noise_error(run, [records.PARTIAL_NOISE["irrelevant"]], severities)
+
+    def irrelevant_part(run):
+        on_relevant, on_irrelevant = relevant(run) - clean(run), irrelevant(run) - clean(run)
+        added = on_relevant + on_irrelevant
+        return on_irrelevant / added if added > 0 else math.nan
+
+    figures = {"clean": clean, "noise on relevant patches": relevant, "noise on irrelevant patches": irrelevant,
+               "noise on the whole image": lambda run: noise_error(run, ["gaussian_noise"], severities),
+               "irrelevant part": irrelevant_part}
+    rows = [[line.label, str(len(line.runs)), *(
+        mean_cell(list(map(figure_of, line.runs)), "{:.1%}".format) for figure_of in figures.values())]
+        for line in lines]
+    measures = {
+        "noise on relevant patches, points": (lambda run: 100 * relevant(run), 2, False),
+        "noise on irrelevant patches, points": (lambda run: 100 * irrelevant(run), 2, False),
+        "irrelevant minus relevant, points": (lambda run: 100 * (irrelevant(run) - relevant(run)), 2, False),
+        "irrelevant part, points": (lambda run: 100 * irrelevant_part(run), 1, False)}
+    return make_table(
+        f"{dataset}: mean test error over severities 1 to {severities} of Gaussian noise on a part of the image",
+        ["model", "seeds", *figures], rows, INTERVAL_NOTE,
+        "Irrelevant part: of the errors that noise on the relevant and noise on the irrelevant patches add to the "
+        "clean ones, the share of the latter. A model that withstands both better by the same factor has the same."
+    ) + "\n" + paired_table(
+            f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
+
+
+def comparison_tables(dataset, lines, compared):
+    """The paired differences of the pairs of models in `compared`, a table for each figure."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    names, severities = shared_corruptions(noise)
+    tables = [paired_table(f"{dataset}: differences between models in accuracy", lines, {
+        "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}, compared)]
+    if set(PIXEL_NOISES) <= set(names):
+        tables.append(paired_table(f"{dataset}: differences between models in the error under noise", noise, {
+            "error under gaussian and impulse noise, points": (
+                lambda run: 100 * noise_error(run, PIXEL_NOISES, severities), 2, False)}, compared))
+    return "\n".join(filter(None, tables))
+
+
+def attention_tables(dataset, lines):
+    """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
+    irrelevant weight per patch, and the paired difference of the share."""
+    conditions, _ = attention_axes(lines)
+    rows = []
+    for line in lines:
+        rows.append([line.label, str(len(line.runs))])
+        for condition in conditions:
+            shares, ratios = ([attention_of(run, condition, -1, name) for run in line.runs]
+                              for name in ("irrelevant_share", "signal_to_noise"))
+            text = f"{mean_cell(shares, '{:.1%}'.format)} ({statistics.fmean(ratios):.2f})"
+            rows[-1].append("" if math.isnan(sum(shares)) else text)
+    uniform = [f"{uniform_share(lines, condition):.1%} (1.00)" for condition in conditions]
+    return make_table(
+        f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
+        ["model", "seeds", *map(readable, conditions)], [*rows, ["uniform attention", "", *uniform]],
+        INTERVAL_NOTE) + "\n" + paired_table(
+            f"{dataset}: difference in the irrelevant share, on images as in training", lines,
+            {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
+
+
+def make_tables(dataset, lines, compared=()):
+    """{name: Markdown} of a data set."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    partial = keep_runs(lines, met_partial_noise)
+    attention = keep_runs(lines, lambda run: run.attention)
+    tables = {
+        "table": result_table(dataset, lines),
+        "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
+            "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
+            "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
+        "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
+        "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
+        "attention-table": attention_tables(dataset, attention) if attention else "",
+        "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
+    }
+    return {name: table for name, table in tables.items() if table}

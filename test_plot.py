@@ -90,7 +90,7 @@ def charts(*folders, dataset="mnist"):
 
 
 def tables(*folders, dataset="mnist"):
-    return plot.make_tables(dataset, list(lines_in(*folders)[dataset].values()))
+    return stats.make_tables(dataset, list(lines_in(*folders)[dataset].values()))
 
 
 def rows_of(table):
@@ -123,7 +123,7 @@ def test_fresh_clone(tmp_path):
     assert datasets.keys() == lines_in(REFERENCE).keys()
     assert lines_in(REFERENCE)["mnist"]["vit"].label == "vit"
 
-    written = plot.make_tables("mnist", list(datasets["mnist"].values()))
+    written = stats.make_tables("mnist", list(datasets["mnist"].values()))
     rows = cells_of(written["table"])
     for model, row in rows.items():
         summaries = [json.loads((REFERENCE / f"mnist-{model}-seed{seed}/summary.json").read_text())
@@ -546,6 +546,48 @@ def record_noises(root, errors):
             name: [1 - (value + seed * (model != "vit")) / 100] * 5 for name, value in zip(names, values)}, share=0.2)
 
 
+@pytest.mark.parametrize("seeds, bold", [(6, False), (7, True)])
+def test_each_corruption(tmp_path, seeds, bold):
+    """Each corruption has a cell, bold where p is below 0.05 after Holm's correction for all cells."""
+    for seed in range(seeds):  # blur: as often better as worse, or once more
+        for model, noise, blur in [("vit", 0.1, 0.3), ("vitdiff", 0.08, 0.3 + 0.01 * (-1) ** seed)]:
+            analyse(record(tmp_path, model, seed), dict(gaussian_noise=[1 - noise] * 5, blur=[1 - blur] * 5), 0.1)
+    (_, *cells), = rows_of(tables(tmp_path)["noise-table"].split("## ")[3])[1:]
+    assert cells[0] == ("**-2.00 (-2.00 to -2.00)**" if bold else "-2.00 (-2.00 to -2.00)")  # p is 2 * 2 / 2**seeds
+    assert cells[1].startswith("+0.")
+
+
+def test_missing_figure(tmp_path):
+    """A figure that a model does not have leaves its cells empty, and those of others in their columns."""
+    record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [9, 2, 1, 16, 40], "vitdiffv2": [8, 9, 3, 9, 40]})
+    shares, differences = tables(tmp_path)["partial-noise-table"].split("## ")[1:]
+    assert cells_of(shares)["vitdiff"]["irrelevant part"] == ""  # of no added errors
+    rows = {label: cells for label, *cells in rows_of(differences)}
+    assert rows["vitdiff"][:15:5] == ["-9.50 (-15.85 to -3.15)", "-8.50 (-14.85 to -2.15)", "+1.00 (+1.00 to +1.00)"]
+    assert rows["vitdiff"][15:] == [""] * 5 and rows["vitdiffv2"][15].startswith("-28.2")
+
+
+def test_seeds(tmp_path, capsys):
+    """--seed shows the runs of the seeds named alone, of the reference too."""
+    for seed in range(4):
+        record(tmp_path, "vitdiff", seed, accuracy=0.9 + seed / 100)
+        record(tmp_path / "reference", "vit", seed, accuracy=0.8 + seed / 100)
+    assert plot.main([str(tmp_path), "--seed", "2", "3", "--out", str(tmp_path / "out")]) == 0
+    rows = cells_of((tmp_path / "out/mnist-table.md").read_text())
+    assert {label: row["test accuracy"].split(" ")[0].strip("*") for label, row in rows.items()} == {
+        "vitdiff": "92.50%", "vit": "82.50%"}
+    assert plot.main([str(tmp_path), "--seed", "4"]) == 2
+    assert "no finished run of these seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset, distractors, said", [
+    ("mnist", 0, "trained without corruption, "), ("clutteredmnist", 4, "trained with distractors, ")])
+def test_noise_title(tmp_path, dataset, distractors, said):
+    """The chart of corruptions says whether the models were trained with any."""
+    analyse(record(tmp_path, dataset=dataset, distractors=distractors), {"blur": [0.9] * 5}, 0.1)
+    assert said in charts(tmp_path, dataset=dataset)["noise"].get_suptitle()
+
+
 def test_noise_on_a_part(tmp_path):
     """Noise on a part of the image has a table and a chart of its own, and is not among the corruptions of images."""
     record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
@@ -553,11 +595,11 @@ def test_noise_on_a_part(tmp_path):
     assert list(cells_of(written["noise-table"])["vit"].values())[2:] == [
         "20.0% (1.00)", "30.0% (1.00)", "40.0% (1.00)", "30.0% ± 0.0% (1.00)"]
     assert list(cells_of(written["partial-noise-table"])["vit"].values())[2:] == [
-        "2.0% ± 0.0%", "12.0% ± 0.0%", "10.0% ± 0.0%", "20.0% ± 0.0%"]
+        "2.0% ± 0.0%", "12.0% ± 0.0%", "10.0% ± 0.0%", "20.0% ± 0.0%", "44.4% ± 0.0%"]  # 8 of 10 + 8 added points
     _, row = rows_of(written["partial-noise-table"].split("## ")[2])
     half = 12.7062 / 2  # Student's t for two values that are 1 apart
     assert row[1::5] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})" for mean in (-2.5, -6.5)] + [
-        "-4.00 (-4.00 to -4.00)"]
+        "-4.00 (-4.00 to -4.00)", "-28.2 (-75.8 to +19.5)"]  # 1 of 8 and 2 of 10 added points, less 8 of 18
     assert len(figures["noise"].axes) == 3
     panels = {axes.get_title(): drawn(axes)["vitdiff (2 seeds)"] for axes in figures["partial-noise"].axes}
     assert {title: line.get_ydata()[1:].tolist() for title, line in panels.items()} == {
@@ -660,7 +702,7 @@ def test_damage(tmp_path):
         assert set(right) - set(read) <= {path.parent}
         if i % 100 == 0:
             for dataset, lines in plot.arrange(runs).items():
-                assert "table" in plot.make_tables(dataset, lines)
+                assert "table" in stats.make_tables(dataset, lines)
                 figures = {name: draw(dataset, lines) for name, draw in plot.CHARTS.items()}
                 assert figures["val-loss"] and figures["noise"] and figures["maps"]
         path.write_bytes(content[path])

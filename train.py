@@ -39,7 +39,7 @@ from records import UserError
 from vit import MODELS, ViT
 
 STACKED_TOKENS = 64  # on a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one
-COMPILED_STEPS = 5_000  # on a CPU, runs of fewer training steps take less time than compiling from a cold cache
+COMPILED_STEPS = 5_000  # on a CPU, stacks of fewer training steps, each seed's counted, take less time than compiling
 
 
 # The command line.
@@ -90,7 +90,7 @@ def make_parser(prog="train.py", description=__doc__):
 
     group = parser.add_argument_group("recipe, the same for every model")
     group.add_argument("--epochs", type=size, metavar="N", help=by_dataset("epochs"))
-    group.add_argument("--batch-size", type=size, default=128, metavar="N", help="images (default: %(default)s)")
+    group.add_argument("--batch-size", type=size, metavar="N", help=f"images {by_dataset('batch_size')}")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="muon",
                        help="muon is Muon for the matrices and AdamW for the rest (default: %(default)s)")
     group.add_argument("--lr", type=rate, metavar="X", help=f"peak learning rate of AdamW {by_dataset('lr')}")
@@ -132,7 +132,8 @@ def make_parser(prog="train.py", description=__doc__):
                             "float16, and off elsewhere (default: %(default)s)")
     group.add_argument("--compile", choices=["auto", "yes", "no"], default="auto",
                        help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on a CPU "
-                            f"with a C++ compiler for {COMPILED_STEPS:,} training steps or more (default: %(default)s)")
+                            f"with a C++ compiler for {COMPILED_STEPS:,} training steps or more, those of seeds side "
+                            "by side added up (default: %(default)s)")
     group.add_argument("--stack", type=size, metavar="N",
                        help="how many seeds to train side by side, 1 for one after the other (default: all; on a CPU 1 "
                             f"for images of more than {STACKED_TOKENS} tokens)")
@@ -154,7 +155,7 @@ def check_flags(args):
         records.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
     for name in args.dataset:
         records.check_name("data set", name, data.DATASETS)
-        if args.batch_size > training_size(name):
+        if args.batch_size and args.batch_size > training_size(name):
             raise UserError(f"argument --batch-size: {args.batch_size} is more than the {training_size(name)} training "
                             f"images of {name}: choose a smaller one")
         if args.distractors and not data.is_cluttered(name):
@@ -469,11 +470,12 @@ def train_stack(stack, splits, settings):
             if val_loss < stack.best[i]["val_loss"]:
                 stack.best[i] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
                 records.write_checkpoint(folder / "best.pt", weights)
-            stack.metrics[i].append(dict(zip(records.METRICS, [
-                epoch, epoch * steps, factor * settings["lr"], losses[i].dot(shares).item(),
-                correct[i].item() / count, val_loss, val_accuracy, math.nan, images_per_second]))
+            stack.metrics[i].append(dict(
+                epoch=epoch, step=epoch * steps, lr=factor * settings["lr"], train_loss=losses[i].dot(shares).item(),
+                train_accuracy=correct[i].item() / count, val_loss=val_loss, val_accuracy=val_accuracy,
+                seconds=math.nan, images_per_second=images_per_second)
                 | {f"lambda_{block}": value for block, value in enumerate(lambdas)})
-        for rows in stack.metrics:
+        for rows in stack.metrics:  # all seeds of the stack share its time
             rows[-1]["seconds"] = (time.perf_counter() - start) / len(seeds)
         records.write_checkpoint(stack.folders[0] / "last.pt", stack.checkpoint())
         for folder, rows in zip(stack.folders, stack.metrics):

@@ -338,30 +338,30 @@ def fashion_sentences():
     assert all(less[model].mean > 0 for model in differential) and more_heads.p_holm < 0.05
     return [
         "On Fashion-MNIST, with {0.count} seeds, `vitdiff` has {0.mean:.2f} points more accuracy ({1}; corrected p "
-        "{0.p_holm:.3f}), no more than self-attention with as many maps, and `vitdiffpaper` {2:.2f} less ({3}); under "
+        "{0.p_holm:.2g}), no more than self-attention with as many maps, and `vitdiffpaper` {2:.2f} less ({3}); under "
         "that noise the three make {4:.1f} to {5:.1f} points fewer errors than `vit`, which errs in {6:.1f}%".format(
             points["vitdiff"], ends(points["vitdiff"]), -points["vitdiffpaper"].mean, ends(points["vitdiffpaper"]),
             fewer[0], fewer[-1], error),
-        "**On Fashion-MNIST** `vitdiff` has {0.mean:.2f} more than `vit`, p {0.p_holm:.3f}, and a test loss lower by "
-        "{1:.4f}, p {2.p_holm:.3f}; `vitdiffpaper` has {3:.2f} less, p {4.p_holm:.3f}. More maps alone do as much: a "
-        "`vit` with four heads has {5.mean:.2f} more than `vit`, p {5.p_holm:.3f}, and `vitdiff` "
+        "**On Fashion-MNIST** `vitdiff` has {0.mean:.2f} more than `vit`, p {0.p_holm:.2g}, and a test loss lower by "
+        "{1:.4f}, p {2.p_holm:.2g}; `vitdiffpaper` has {3:.2f} less, p {4.p_holm:.2g}. More maps alone do as much: a "
+        "`vit` with four heads has {5.mean:.2f} more than `vit`, p {5.p_holm:.2g}, and `vitdiff` "
         "differs from it by {6.mean:+.2f} ({7}), from a `vit` with as many parameters by {8.mean:+.2f} ({9})".format(
             points["vitdiff"], -loss.mean, loss, -points["vitdiffpaper"].mean, points["vitdiffpaper"], more_heads,
             heads, ends(heads), matched, ends(matched)),
-        "on MNIST, and {:.2f}, p {:.4f}, on Fashion-MNIST".format(
+        "on MNIST, and {:.2f}, p {:.2g}, on Fashion-MNIST".format(
             points["vitbalanced"].mean, points["vitbalanced"].p_holm),
         "on Fashion-MNIST {:+.2f}, {:+.2f} and {:+.2f}".format(
             *(new[model].mean for model in ("vitdiff", "vitdiffpaper", "vitbalanced"))),
-        "On Fashion-MNIST they make {:.2f} {}, {:.2f} {} and {:.2f} {} points fewer errors, p {:.3f}, {:.3f} and "
-        "{:.3f}; seeds 5 and up alone give {:.2f}, {:.2f} and {:.2f}. There, too, `vitdiff` makes fewer errors than "
-        "self-attention with as many maps, by {:.2f} {}, and with as many parameters, by {:.2f} {}, p {:.3f} and "
-        "{:.3f}".format(
+        "On Fashion-MNIST they make {:.2f} {}, {:.2f} {} and {:.2f} {} points fewer errors, p {:.2g}, {:.2g} and "
+        "{:.2g}; seeds 5 and up alone give {:.2f}, {:.2f} and {:.2f}. There, too, `vitdiff` makes fewer errors than "
+        "self-attention with as many maps, by {:.2f} {}, and with as many parameters, by {:.2f} {}, p {:.2g} and "
+        "{:.2g}".format(
             *(part for model in differential for part in (-noise[model].mean, how_much_less(noise[model]))),
             *(noise[model].p_holm for model in differential), *(-new_noise[model].mean for model in differential),
             -heads_noise.mean, how_much_less(heads_noise), -matched_noise.mean, how_much_less(matched_noise),
             heads_noise.p_holm, matched_noise.p_holm),
         "On Fashion-MNIST it is the other way round: the three gain less on irrelevant patches than on relevant ones, "
-        "by {:.2f} points ({}), {:.2f} ({}) and {:.2f} ({}), p {:.3f}, {:.3f} and {:.3f}, and in proportion no "
+        "by {:.2f} points ({}), {:.2f} ({}) and {:.2f} ({}), p {:.2g}, {:.2g} and {:.2g}, and in proportion no "
         "difference is shown".format(
             *(part for model in differential for part in (less[model].mean, ends(less[model]))),
             *(less[model].p_holm for model in differential))]

@@ -25,7 +25,7 @@ from test_train import TINY, command, table
 from vit import MODELS
 
 REFERENCE = sorted(path.parent for path in (HERE / "runs/reference").glob("*/config.json"))
-SEEDS = dict(mnist=20, fashionmnist=10, clutteredmnist=3)  # of the reference
+SEEDS = dict(mnist=20, fashionmnist=15, clutteredmnist=3)  # of the reference
 FAULTS = HERE / "runs/faults"
 README = (HERE / "README.md").read_text()
 
@@ -317,8 +317,8 @@ def test_fashion():
     assert all(part[model].p_holm > 0.05 for model in OTHERS[1:])
     shown = " and ".join(f"`{model}`" for model in OTHERS[1:] if share[model].p_holm < 0.05)
     reference = " ".join((HERE / "runs/reference/README.md").read_text().split())
-    assert f"gives less on average, but a difference is shown for {shown} alone" in reference
-    assert all(share[model].mean < 0 for model in OTHERS[1:])
+    assert f"On Fashion-MNIST a difference is shown for {shown} alone, which gives less" in reference
+    assert all(share[model].mean < 0 for model in OTHERS[1:] if share[model].p_holm < 0.05)
 
 
 def fashion_sentences():

@@ -235,12 +235,16 @@ def comparison_cells(found, digits):
             f"{found.p:.3g}", f"{found.p_holm:.3g}", f"{found.detectable:.{digits}f}"]
 
 
+def difference_note(baseline):
+    return (f"The difference is from {baseline} of the same recipe and seed: its mean over seeds with a 95% interval "
+            "(Student's t)")
+
+
 def comparison_note(comparisons, baseline):
     """What the columns of a comparison with a baseline say."""
     counts = {found.count for found in comparisons.values()}
-    text = (f"The difference is from {baseline} of the same recipe and seed: its mean over seeds with a 95% interval "
-            "(Student's t), and in how many seeds the model is better. p is that of the exact two-sided sign-flip "
-            "test over seeds, without and with Holm's correction for the number of rows compared, "
+    text = (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
+            "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
             f"{len(comparisons)}.")
     return text + (f" With {max(counts)} seeds p cannot be below {2 / 2**max(counts):.3g} before the correction."
                    if len(counts) == 1 else "")
@@ -342,9 +346,8 @@ def corruption_table(dataset, lines, names, severities):
                       for name in names)] for label in labels]
     return make_table(
         f"{dataset}: difference in the test error under each corruption, points", ["model", *map(readable, names)],
-        rows, f"The difference is from `{BASELINE}` of the same recipe and seed: its mean over seeds with a 95% "
-        "interval (Student's t). Bold: p is below 0.05 by the exact two-sided sign-flip test with Holm's correction "
-        f"for all {len(found)} cells.")
+        rows, difference_note(f"`{BASELINE}`") + ". Bold: p is below 0.05 by the exact two-sided sign-flip test with "
+        f"Holm's correction for all {len(found)} cells.")
 
 
 def partial_noise_tables(dataset, lines):

@@ -129,6 +129,12 @@ def test_tables(folder):
                 assert all(block in texts for block in blocks_of(written)), f"{dataset}-{name}"
 
 
+@functools.cache
+def lines_of(*places):
+    """{data set: lines} of the runs of folders in runs/."""
+    return plot.arrange(plot.find_runs(*(HERE / "runs" / place for place in places))[0])
+
+
 @pytest.mark.parametrize("place, dataset, readme, shown", [
     ("controls", "mnist", "controls/README.md", ["comparisons", "partial-noise-table"]),
     ("controls", "fashionmnist", "controls/README.md", ["comparisons"]),
@@ -137,7 +143,7 @@ def test_tables_beside_the_reference(place, dataset, readme, shown):
     """The tables of runs that are compared with the reference are those of the records, and the README shows these."""
     folder, text = HERE / "runs" / place, (HERE / "runs" / readme).read_text()
     (command_line,) = re.findall(rf"python plot.py runs/{place} runs/reference (.*)", text)
-    lines = plot.arrange(plot.find_runs(folder, HERE / "runs/reference")[0])[dataset]
+    lines = lines_of(place, "reference")[dataset]
     tables = stats.make_tables(dataset, lines, re.findall(r"--compare (\w+) (\w+)", command_line))
     for name, written in tables.items():
         assert (folder / f"{dataset}-{name}.md").read_text() == written
@@ -299,8 +305,16 @@ def test_the_noise():
 def controls_compared(dataset, figure_of, more_is_better):
     """{"model - other": Comparison} of the pairs that the README of the controls compares."""
     compared = re.findall(r"--compare (\w+) (\w+)", (HERE / "runs/controls/README.md").read_text())
-    runs, _ = plot.find_runs(HERE / "runs/controls", HERE / "runs/reference")
-    return stats.compare_lines(plot.arrange(runs)[dataset], figure_of, more_is_better, compared)
+    return stats.compare_lines(lines_of("controls", "reference")[dataset], figure_of, more_is_better, compared)
+
+
+def test_irrelevant_part():
+    """Of all models and controls on MNIST, those whose irrelevant part is shown to be lower are the ones named."""
+    found = stats.compare_lines(lines_of("controls", "reference")["mnist"], irrelevant_part, False)
+    assert {model for model in found if found[model].p_holm < 0.05 and found[model].mean < 0} == {
+        "vitdiff", "vitdiffpaper", "vitdiffv2"}
+    assert ("shown to be lower than that of `vit` for `vitdiff`, `vitdiffpaper` and `vitdiffv2` alone (p below 0.05)"
+            in " ".join((HERE / "runs/controls/README.md").read_text().split()))
 
 
 def test_fashion():

@@ -164,6 +164,14 @@ def test_the_other_recipe(dataset):
     assert all(sentence in " ".join(text.split()) for sentence in sentences_of_recipes(dataset))
 
 
+def leads_of(dataset, place, figure_of):
+    """The lead of `vitdiff` over `vit` in ten seeds of a folder (here) and of the reference (there), and its change."""
+    here, there = (paired(runs, "vitdiff", "vit", figure_of, range(10))
+                   for runs in (runs_of(dataset, place), runs_of(dataset)))
+    assert len(here) == len(there) == 10
+    return stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
+
+
 def sentences_of_recipes(dataset):
     """How `vitdiff` compares with `vit` by the recipe that lost, by the default and, on MNIST, each by its better."""
     default, other = runs_of(dataset), runs_of(dataset, "recipes")
@@ -173,8 +181,7 @@ def sentences_of_recipes(dataset):
                        "seeds of the default recipe ({4}), a change of {2:+.2f} ({5})."),
             (noise_error, "Under Gaussian and impulse noise its error is lower by {0:.2f} points here and by {1:.2f} "
                           "there, a change of {2:+.2f} ({5}).")]:
-        here, there = (paired(runs, "vitdiff", "vit", figure_of, range(10)) for runs in (other, default))
-        found = stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
+        found = leads_of(dataset, "recipes", figure_of)
         means = [abs(found[name].mean) for name in ("here", "there")]
         assert all((found[name].mean > 0) == (figure_of is accuracy) for name in ("here", "there"))
         sentences.append(sentence.format(*means, found["change"].mean, *map(ends, found.values())))
@@ -436,7 +443,15 @@ def test_corruptions(dataset, names, sentence):
     for model in DIFFERENTIAL:
         assert [name for name, cell in zip(columns, cells[model]) if "**" in cell] == names
         assert all(cell.startswith("**-") for cell in cells[model] if "**" in cell)
-    assert_says(sentence)
+    assert_says("With Holm's correction for all 24 differences", sentence)
+
+
+def test_corruptions_of_width():
+    """What the README of the reference says of `vitbalanced` on Fashion-MNIST is what is in bold there."""
+    cells = cells_of(HERE / "runs/reference/fashionmnist-noise-table.md", 2)["vitbalanced"]
+    assert [cell[2:3] if "**" in cell else "" for cell in cells] == ["", "", "+", "", "-", ""]
+    assert "`vitbalanced` makes fewer under distractors and more under shot noise" in " ".join(
+        (HERE / "runs/reference/README.md").read_text().split())
 
 
 @pytest.mark.parametrize("dataset, chosen", [("mnist", 0), ("fashionmnist", 1)])
@@ -505,10 +520,8 @@ def test_one_seed(dataset):
 
 def effect_of(fault):
     """What the README of the faults says of one: by how much it changes the lead of `vitdiff`, seed by seed."""
-    leads = [paired(runs, "vitdiff", "vit", accuracy, range(10))
-             for runs in (runs_of("mnist", f"faults/{fault}"), runs_of("mnist"))]
-    (found,) = stats.compare({fault: [a - b for a, b in zip(*leads)]}, True).values()
-    assert found.count == 10 and found.p > 0.05 and found.mean + found.half < 0.24
+    found = leads_of("mnist", f"faults/{fault}", accuracy)["change"]
+    assert found.p > 0.05 and found.mean + found.half < 0.24
     return (f"The fault changes the lead of `vitdiff`, seed by seed, by {found.mean:+.2f} points ({ends(found)}): no "
             "effect is shown, and one of 0.24 is excluded.")
 

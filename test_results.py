@@ -174,7 +174,6 @@ def leads_of(dataset, place, figure_of):
 
 def sentences_of_recipes(dataset):
     """How `vitdiff` compares with `vit` by the recipe that lost, by the default and, on MNIST, each by its better."""
-    default, other = runs_of(dataset), runs_of(dataset, "recipes")
     sentences = []
     for figure_of, sentence in [
             (accuracy, "In accuracy `vitdiff` is ahead by {0:.2f} points here ({3}) and by {1:.2f} in the same ten "
@@ -186,6 +185,7 @@ def sentences_of_recipes(dataset):
         assert all((found[name].mean > 0) == (figure_of is accuracy) for name in ("here", "there"))
         sentences.append(sentence.format(*means, found["change"].mean, *map(ends, found.values())))
     if dataset == "mnist":
+        default, other = runs_of(dataset), runs_of(dataset, "recipes")
         points, noise = stats.compare({figure_of: [
             figure_of(default["vitdiff", seed]) - figure_of(other["vit", seed]) for seed in range(10)]
             for figure_of in (accuracy, noise_error)}, True).values()
@@ -213,6 +213,10 @@ def accuracy(run):
 
 def noise_error(run, names=stats.PIXEL_NOISES):
     return 100 * statistics.fmean(1 - value for name in names for value in run.noise[name])
+
+
+def mean_error(run):
+    return noise_error(run, list(data.CORRUPTIONS))
 
 
 def partial_error(run, part):
@@ -255,7 +259,7 @@ def assert_says(*sentences, readme="README.md"):
         assert sentence in text
 
 
-# What the README says: each function returns sentences with the figures of the records, and one test looks for them.
+# What the READMEs say: each function returns sentences with the figures of the records, and one test looks for them.
 
 def controls_compared(dataset, figure_of, more_is_better):
     """{"model - other": Comparison} of the pairs that the README of the controls compares."""
@@ -298,11 +302,11 @@ def answer():
 
 def verdict():
     points, losses = both(accuracy), [found["vitdiff"] for found in both(lambda run: run.summary["test_loss"])]
-    for found, new in zip(points, both(accuracy, NEW_SEEDS)):
+    new_points = both(accuracy, NEW_SEEDS)
+    for found, new in zip(points, new_points):
         assert max(OTHERS, key=lambda model: found[model].mean) == "vitbalanced"
         assert all(found[model].p_holm < 0.01 for model in ("vitbalanced", "vitdiffpaper"))
         assert all(found[model].mean * new[model].mean > 0 for model in OTHERS)
-    new_p = [found["vitdiff"].p_holm for found in both(accuracy, NEW_SEEDS)]
     assert losses[1].p_holm > 0.05
     vitdiff, fashion = (found["vitdiff"] for found in points)
     controls = [controls_compared(dataset, accuracy, True) for dataset in ("mnist", "fashionmnist")]
@@ -322,11 +326,12 @@ def verdict():
             controls[1]["vitheads - vit"], controls[1]["vitcentered - vit"]),
         f"[{november.mean:+.2f}](runs/faults/README.md#the-attention) ({ends(november)})",
         "`vit` itself gains {:.1f} and {:.1f} points".format(*gains),
-        "corrected p of `vitdiff` is {:.2g} and {:.2g}".format(*new_p)]
+        "corrected p of `vitdiff` is {:.2g} and {:.2g}".format(*(
+            found["vitdiff"].p_holm for found in new_points))]
 
 
 def noise():
-    found = both(lambda run: noise_error(run, list(data.CORRUPTIONS)))
+    found = both(mean_error)
     assert all(differences[model].p_holm < 0.0001 for differences in found for model in DIFFERENTIAL)
     return ["Over all six, `vitdiff`, `vitdiffpaper` and `vitdiffv2` make {:.2f}, {:.2f} and {:.2f} points fewer "
             "errors on MNIST and {:.2f}, {:.2f} and {:.2f} on Fashion-MNIST, each p below 0.0001.".format(*(
@@ -373,9 +378,8 @@ def canvases():
     seeds, models = SEEDS["clutteredmnist"], ("vitdiff", "vitdiffv2")
     points, six, pair, irrelevant, relevant, share = (
         with_vit("clutteredmnist", figure_of) for figure_of in (
-            accuracy, lambda run: noise_error(run, list(data.CORRUPTIONS)), noise_error,
-            lambda run: partial_error(run, "irrelevant"), lambda run: partial_error(run, "relevant"),
-            stats.trained_irrelevant_share))
+            accuracy, mean_error, noise_error, lambda run: partial_error(run, "irrelevant"),
+            lambda run: partial_error(run, "relevant"), stats.trained_irrelevant_share))
     assert all(abs(found[model].mean) < found[model].half for found in (points, six, irrelevant, relevant)
                for model in models)
     paper = [found["vitdiffpaper"] for found in (points, six, pair, share)]
@@ -384,7 +388,7 @@ def canvases():
     return [
         f"With {seeds} seeds p cannot be below 2/{2 ** seeds} = {2 / 2 ** seeds:.3g}",
         "`vitdiffpaper` is behind by {0:.1f} points {1}, in {2} of {2} seeds, and `vitdiff` and `vitdiffv2` are within "
-        "{3:.1f} and {4:.1f} points of `vit`.".format(-paper[0].mean, how_much_less(paper[0]), seeds, *(
+        "{3:.2f} and {4:.2f} points of `vit`.".format(-paper[0].mean, how_much_less(paper[0]), seeds, *(
             abs(points[model].mean) + points[model].half for model in models)),
         "over all six `vitdiff` and `vitdiffv2` make {:.1f} and {:.1f} points fewer errors, in {} and {} of {seeds} "
         "seeds, with intervals that hold 0; `vitdiffpaper` makes more in {seeds} of {seeds}, under Gaussian and "

@@ -54,8 +54,8 @@ def self_by_hand(weights, x, heads):
     return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1))
 
 
-def v1_by_hand(weights, x, heads, d, depth):
-    """Equations 1 to 3 of arXiv 2410.05258, where the layer index l counts from 1."""
+def v1_by_hand(weights, x, heads, d, depth, sign=-1):
+    """Equations 1 to 3 of arXiv 2410.05258, where the layer index l counts from 1 and the sign of lambda is -."""
     dim = x.shape[-1]
     q, k, v = linear(weights, "qkv", x).split([2 * heads * d, 2 * heads * d, dim], -1)
     lambda_init = 0.8 - 0.6 * math.exp(-0.3 * ((depth + 1) - 1))
@@ -67,7 +67,7 @@ def v1_by_hand(weights, x, heads, d, depth):
     for h in range(heads):
         a1, a2 = (softmax(q[..., b * d:(b + 1) * d] @ k[..., b * d:(b + 1) * d].transpose(1, 2) / math.sqrt(d))
                   for b in (2 * h, 2 * h + 1))
-        maps.append(a1 - lam * a2)
+        maps.append(a1 + sign * lam * a2)
         out = maps[-1] @ v[..., h * e:(h + 1) * e]
         out = out / (out.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["sub_norm.weight"]
         outs.append((1 - lambda_init) * out)
@@ -168,6 +168,7 @@ def test_keep_is_optional():
 
 CONTROLS = {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162, "vitheadnorm": 33_066,
             "vitdiffnonorm": 37_258}
+SUMS = {"vitdiffsum": 37_290, "vitsumscaled": 35_210}
 
 
 def control_by_hand(name, weights, x, depth):
@@ -176,13 +177,19 @@ def control_by_hand(name, weights, x, depth):
     maps, out = self_by_hand(weights, x, heads) if weights["qkv.weight"].shape[0] == 96 else (None, None)
     if name in ("vitheads", "vitmatched"):
         return maps, out
-    if name == "vitsum":
+    if name == "vitdiffsum":
+        return v1_by_hand(weights, x, 2, 16, depth, sign=1)[:2]
+    if "lambda_proj.weight" in weights:
+        s = torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None]
+    if name in ("vitsum", "vitsumscaled"):
         q, k, _ = weights["qkv.weight"].split([64, 32, 32])
         branches = [self_by_hand(weights | {"qkv.weight": torch.cat([
             torch.cat([q[32 * h + 16 * b:32 * h + 16 * (b + 1)] for h in (0, 1)]), k, k])}, x, 2)[0] for b in (0, 1)]
-        maps = branches[0] + torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None] * branches[1]
+        maps = branches[0] + s * branches[1]
+    if name == "vitsumscaled":
+        maps = maps * (1 - s) / maps.sum(-1, keepdim=True)
     if name == "vitcentered":
-        maps = maps - torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None] / x.shape[1]
+        maps = maps - s / x.shape[1]
     if name == "vitdiffnonorm":
         maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[0]
     values = [(x @ weights["qkv.weight"][-32:].T)[..., 16 * h:16 * (h + 1)] for h in (0, 1)]
@@ -192,14 +199,16 @@ def control_by_hand(name, weights, x, depth):
     return maps, linear(weights, "proj", torch.cat(outs, -1))
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_controls(monkeypatch, name):
+@pytest.mark.parametrize("place, parameters, name", [
+    (place, parameters, name) for place, parameters in [("controls", CONTROLS), ("controls/sums", SUMS)]
+    for name in parameters])
+def test_controls(monkeypatch, place, parameters, name):
     """Each control has the parameters that its file says, and its attention, map and first tokens are its formula's."""
     monkeypatch.setattr(vit, "MODELS", dict(MODELS))
-    records.execute_plugin(Path(__file__).parent / "runs/controls/plugin.py")
-    assert set(vit.MODELS) - set(MODELS) == set(CONTROLS)
+    records.execute_plugin(Path(__file__).parent / "runs" / place / "plugin.py")
+    assert set(vit.MODELS) - set(MODELS) == set(parameters)
     model = build_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters[name]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
     for depth, block in enumerate(model.blocks):

@@ -166,9 +166,11 @@ def test_keep_is_optional():
 
 # The controls, each one change away from one of these.
 
-CONTROLS = {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162, "vitheadnorm": 33_066,
-            "vitdiffnonorm": 37_258}
-SUMS = {"vitdiffsum": 37_290, "vitsumscaled": 35_210}
+CONTROLS = {  # {plugin: {name: parameters}}
+    "plugin.py": {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162,
+                  "vitheadnorm": 33_066, "vitdiffnonorm": 37_258},
+    "sums/plugin.py": {"vitdiffsum": 37_290, "vitsumscaled": 35_210},
+    "sums/unnormed.py": {"vitdiffsumnonorm": 37_258}}
 
 
 def control_by_hand(name, weights, x, depth):
@@ -190,8 +192,9 @@ def control_by_hand(name, weights, x, depth):
         maps = maps * (1 - s) / maps.sum(-1, keepdim=True)
     if name == "vitcentered":
         maps = maps - s / x.shape[1]
-    if name == "vitdiffnonorm":
-        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[0]
+    if name in ("vitdiffnonorm", "vitdiffsumnonorm"):
+        sign = -1 if name == "vitdiffnonorm" else 1
+        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth, sign)[0]
     values = [(x @ weights["qkv.weight"][-32:].T)[..., 16 * h:16 * (h + 1)] for h in (0, 1)]
     outs = [maps[:, h] @ values[h] for h in (0, 1)]
     if name == "vitheadnorm":
@@ -199,16 +202,14 @@ def control_by_hand(name, weights, x, depth):
     return maps, linear(weights, "proj", torch.cat(outs, -1))
 
 
-@pytest.mark.parametrize("place, parameters, name", [
-    (place, parameters, name) for place, parameters in [("controls", CONTROLS), ("controls/sums", SUMS)]
-    for name in parameters])
-def test_controls(monkeypatch, place, parameters, name):
+@pytest.mark.parametrize("plugin, name", [(plugin, name) for plugin in CONTROLS for name in CONTROLS[plugin]])
+def test_controls(monkeypatch, plugin, name):
     """Each control has the parameters that its file says, and its attention, map and first tokens are its formula's."""
     monkeypatch.setattr(vit, "MODELS", dict(MODELS))
-    records.execute_plugin(Path(__file__).parent / "runs" / place / "plugin.py")
-    assert set(vit.MODELS) - set(MODELS) == set(parameters)
+    records.execute_plugin(Path(__file__).parent / "runs/controls" / plugin)
+    assert set(vit.MODELS) - set(MODELS) == set(CONTROLS[plugin])
     model = build_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[plugin][name]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
     for depth, block in enumerate(model.blocks):

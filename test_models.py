@@ -170,7 +170,7 @@ CONTROLS = {  # {plugin: {name: parameters}}
     "plugin.py": {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162,
                   "vitheadnorm": 33_066, "vitdiffnonorm": 37_258},
     "sums/plugin.py": {"vitdiffsum": 37_290, "vitsumscaled": 35_210},
-    "sums/unnormed.py": {"vitdiffsumnonorm": 37_258}}
+    "sums/kept.py": {"vitdiffabs": 37_290}}
 
 
 def control_by_hand(name, weights, x, depth):
@@ -179,8 +179,9 @@ def control_by_hand(name, weights, x, depth):
     maps, out = self_by_hand(weights, x, heads) if weights["qkv.weight"].shape[0] == 96 else (None, None)
     if name in ("vitheads", "vitmatched"):
         return maps, out
-    if name == "vitdiffsum":
-        return v1_by_hand(weights, x, 2, 16, depth, sign=1)[:2]
+    if name in ("vitdiffsum", "vitdiffabs"):
+        lam = v1_by_hand(weights, x, 2, 16, depth)[2]
+        return v1_by_hand(weights, x, 2, 16, depth, sign=-1 if name == "vitdiffabs" and lam < 0 else 1)[:2]
     if "lambda_proj.weight" in weights:
         s = torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None]
     if name in ("vitsum", "vitsumscaled"):
@@ -192,9 +193,8 @@ def control_by_hand(name, weights, x, depth):
         maps = maps * (1 - s) / maps.sum(-1, keepdim=True)
     if name == "vitcentered":
         maps = maps - s / x.shape[1]
-    if name in ("vitdiffnonorm", "vitdiffsumnonorm"):
-        sign = -1 if name == "vitdiffnonorm" else 1
-        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth, sign)[0]
+    if name == "vitdiffnonorm":
+        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[0]
     values = [(x @ weights["qkv.weight"][-32:].T)[..., 16 * h:16 * (h + 1)] for h in (0, 1)]
     outs = [maps[:, h] @ values[h] for h in (0, 1)]
     if name == "vitheadnorm":

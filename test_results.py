@@ -77,16 +77,19 @@ def test_reference_runs():
     assert re.fullmatch("[0-9a-f]{40}", commit)
 
 
-def plugin_of(folder):
-    """The setting `plugin` of the runs of a folder."""
-    if not (folder / "plugin.py").exists():
-        return None
-    return f"plugin.py {hashlib.sha256((folder / 'plugin.py').read_bytes()).hexdigest()[:12]}"
+def plugin_of(path):
+    """The setting `plugin` of the runs of a file; None if there is none."""
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if path.exists() else None
+
+
+KEPT = {"vitdiffabs": dict(plugin=plugin_of(HERE / "runs/controls/sums/kept.py"))}
 
 
 @pytest.mark.parametrize("place, dataset, models, seeds, changed", [
     ("controls", "mnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
     ("controls", "fashionmnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
+    ("controls/sums", "mnist", "vitdiffsum vitsumscaled vitdiffabs", 10, KEPT),
+    ("controls/sums", "fashionmnist", "vitsumscaled vitdiffabs", 10, KEPT),
     ("faults/activated", "mnist", "vit vitdiff", 10, {}),
     ("faults/attention", "mnist", "vitdifftokennorm vitdiffnovember", 10, {}),
     ("faults/ordered", "mnist", "vit vitdiff", 10, {}),
@@ -106,8 +109,8 @@ def test_one_change(place, dataset, models, seeds, changed):
         model, seed = run.settings["model"], run.settings["seed"]
         reference, facts = records.read_config(HERE / f"runs/reference/{dataset}-vit-seed{seed}")
         own = {"vitheads": dict(num_heads=4), "vitmatched": dict(mlp_dim=160)}.get(model, {})
-        assert run.settings == (reference | dict(model=model, plugin=plugin_of(HERE / "runs" / place)) | own
-                                | changed.get(model, {}))
+        plugin = plugin_of(HERE / "runs" / place / "plugin.py")
+        assert run.settings == reference | dict(model=model, plugin=plugin) | own | changed.get(model, {})
         assert place == "trials/muon-0.008" or commit_of(run.facts) == commit_of(facts)
 
 
@@ -137,20 +140,23 @@ def lines_of(*places):
     return plot.arrange(plot.find_runs(*(HERE / "runs" / place for place in places))[0])
 
 
-def pairs_compared(place, readme):
-    """The pairs of models that the command in a README compares, for runs beside the reference."""
-    (flags,) = re.findall(rf"python plot.py runs/{place} runs/reference (.*)", (HERE / "runs" / readme).read_text())
+def pairs_compared(readme, *places):
+    """The pairs of models that the command in a README compares, of the runs of folders in runs/."""
+    folders = " ".join(f"runs/{place}" for place in places)
+    (flags,) = re.findall(f"python plot.py {folders} (.*)", (HERE / "runs" / readme).read_text())
     return re.findall(r"--compare (\w+) (\w+)", flags)
 
 
-@pytest.mark.parametrize("place, dataset, readme, shown", [
-    ("controls", "mnist", "controls/README.md", ["comparisons", "partial-noise-table"]),
-    ("controls", "fashionmnist", "controls/README.md", ["comparisons"]),
-    ("faults/attention", "mnist", "faults/README.md", ["comparisons"])])
-def test_tables_beside_the_reference(place, dataset, readme, shown):
+@pytest.mark.parametrize("places, dataset, readme, shown", [
+    (["controls", "reference"], "mnist", "controls/README.md", ["comparisons", "partial-noise-table"]),
+    (["controls", "reference"], "fashionmnist", "controls/README.md", ["comparisons"]),
+    (["controls/sums", "controls", "reference"], "mnist", "controls/README.md", ["comparisons"]),
+    (["controls/sums", "controls", "reference"], "fashionmnist", "controls/README.md", ["comparisons"]),
+    (["faults/attention", "reference"], "mnist", "faults/README.md", ["comparisons"])])
+def test_tables_beside_the_reference(places, dataset, readme, shown):
     """The tables of runs that are compared with the reference are those of the records, and the README shows these."""
-    folder, text = HERE / "runs" / place, (HERE / "runs" / readme).read_text()
-    tables = stats.make_tables(dataset, lines_of(place, "reference")[dataset], pairs_compared(place, readme))
+    folder, text = HERE / "runs" / places[0], (HERE / "runs" / readme).read_text()
+    tables = stats.make_tables(dataset, lines_of(*places)[dataset], pairs_compared(readme, *places))
     for name, written in tables.items():
         assert (folder / f"{dataset}-{name}.md").read_text() == written
     assert all(len(blocks_of(tables[name])) == 2 for name in shown)
@@ -265,10 +271,11 @@ def assert_says(*sentences, readme="README.md"):
 
 # What the READMEs say: each function returns sentences with the figures of the records, and one test looks for them.
 
-def controls_compared(dataset, figure_of, more_is_better, place="controls"):
-    """{"model - other": Comparison} of the pairs that the README of the controls compares."""
-    compared = pairs_compared(place, "controls/README.md")
-    return stats.compare_lines(lines_of(place, "reference")[dataset], figure_of, more_is_better, compared)
+def controls_compared(dataset, figure_of, more_is_better, *places):
+    """{"model - other": Comparison} of the pairs that a command in the README of the controls compares."""
+    places = places or ["controls", "reference"]
+    compared = pairs_compared("controls/README.md", *places)
+    return stats.compare_lines(lines_of(*places)[dataset], figure_of, more_is_better, compared)
 
 
 def cells_of(path, block):

@@ -408,8 +408,8 @@ def without_subtraction():
             -kept.mean, how_much_less(kept), kept.p_holm),
         "in {} of {} blocks |lambda| ends below 0.005".format(sum(value > -0.005 for value in weights), len(weights)),
         "Of the lead over `vit` {:.2f} points are left {}, p {:.2g}. `vitsumscaled` makes {:.2f} points more errors "
-        "than `vitdiffv2` {}, p {:.2g}, and {:.2f} more than `vit` ({:.2f} to {:.2f}), p {:.2g}; its s ends at {:.2f} on "
-        "average, that of `vitdiffv2` in these seeds at {:.2f}.".format(
+        "than `vitdiffv2` {}, p {:.2g}, and {:.2f} more than `vit` ({:.2f} to {:.2f}), p {:.2g}; its s ends at {:.2f} "
+        "on average, that of `vitdiffv2` in these seeds at {:.2f}.".format(
             -left.mean, how_much_less(left), left.p_holm, -scaled.mean, how_much_less(scaled), scaled.p_holm, more.mean,
             abs(more.mean - more.half), more.mean + more.half, more.p_holm,
             *(statistics.fmean(last_lambdas(*where)) for where in (

@@ -89,6 +89,7 @@ KEPT = {"vitdiffabs": dict(plugin=plugin_of(HERE / "runs/controls/sums/kept.py")
     ("controls", "mnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
     ("controls", "fashionmnist", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, {}),
     ("controls/sums", "mnist", "vitdiffsum vitsumscaled vitdiffabs", 10, KEPT),
+    ("controls/sums", "fashionmnist", "vitsumscaled vitdiffabs", 10, KEPT),
     ("faults/activated", "mnist", "vit vitdiff", 10, {}),
     ("faults/attention", "mnist", "vitdifftokennorm vitdiffnovember", 10, {}),
     ("faults/ordered", "mnist", "vit vitdiff", 10, {}),
@@ -150,6 +151,7 @@ def pairs_compared(readme, *places):
     (["controls", "reference"], "mnist", "controls/README.md", ["comparisons", "partial-noise-table"]),
     (["controls", "reference"], "fashionmnist", "controls/README.md", ["comparisons"]),
     (["controls/sums", "controls", "reference"], "mnist", "controls/README.md", ["comparisons"]),
+    (["controls/sums", "controls", "reference"], "fashionmnist", "controls/README.md", ["comparisons"]),
     (["faults/attention", "reference"], "mnist", "faults/README.md", ["comparisons"])])
 def test_tables_beside_the_reference(places, dataset, readme, shown):
     """The tables of runs that are compared with the reference are those of the records, and the README shows these."""
@@ -270,7 +272,8 @@ def assert_says(*sentences, readme="README.md"):
 # What the READMEs say: each function returns sentences with the figures of the records, and one test looks for them.
 
 def controls_compared(dataset, figure_of, more_is_better, *places):
-    """{"model - other": Comparison} of the pairs that a command in the README of the controls compares."""
+    """{"model - other": Comparison} of the pairs that a command in the README of the controls compares, of the runs of
+    folders in runs/, by default those of its first command."""
     places = places or ["controls", "reference"]
     compared = pairs_compared("controls/README.md", *places)
     return stats.compare_lines(lines_of(*places)[dataset], figure_of, more_is_better, compared)
@@ -373,47 +376,61 @@ def noise_on_parts():
         "weight in the last block than that of `vit`, in 20 of 20 seeds".format(share["vitdiff"].mean)]
 
 
+SUMS = ["controls/sums", "controls", "reference"]
+
+
 def why():
     mnist, fashion = (controls_compared(dataset, noise_error, False)["vitdiff - vitdiffnonorm"]
                       for dataset in ("mnist", "fashionmnist"))
     assert fashion.mean + fashion.half < 0
-    return ["{:.1f} points at most, 95%); on Fashion-MNIST, without it the error is {:.2f} to {:.2f} higher, p {:.2g}"
+    kept = [-controls_compared(dataset, noise_error, False, *SUMS)["vitdiff - vitdiffabs"].mean
+            for dataset in ("mnist", "fashionmnist")]
+    return ["(`vitsum` and, by {:.2f} and {:.2f} points, `vitdiffabs`)".format(*kept),
+            "{:.1f} points at most, 95%); on Fashion-MNIST, without it the error is {:.2f} to {:.2f} higher, p {:.2g}"
             .format(abs(mnist.mean) + mnist.half, -fashion.mean - fashion.half, -fashion.mean + fashion.half,
                     fashion.p_holm)]
 
 
-SUMS = ["controls/sums", "controls", "reference"]
-
-
-def last_lambdas(place, model):
-    """What metrics.csv has of lambda in the last epoch, a value for each block of seeds 0 to 9 on MNIST."""
-    return [run.metrics[f"lambda_{block}"][-1] for (name, seed), run in runs_of("mnist", place).items()
+def last_lambdas(dataset, place, model):
+    """What metrics.csv has of lambda in the last epoch, a value for each block of seeds 0 to 9."""
+    return [run.metrics[f"lambda_{block}"][-1] for (name, seed), run in runs_of(dataset, place).items()
             for block in (0, 1) if name == model and seed < 10]
 
 
 def without_subtraction():
     """In the README of the controls."""
-    found = controls_compared("mnist", noise_error, False, *SUMS)
-    assert [name for name in found if found[name].p_holm > 0.05] == ["vitdiff - vitdiffsum", "vitsumscaled - vit"]
-    turned, weights = last_lambdas("controls/sums", "vitdiffsum"), last_lambdas("controls/sums", "vitdiffabs")
-    free, kept, scaled = (found[name] for name in (
-        "vitdiff - vitdiffsum", "vitdiff - vitdiffabs", "vitdiffv2 - vitsumscaled"))
-    left, more = found["vitdiffabs - vit"], found["vitsumscaled - vit"]
+    mnist, fashion = (controls_compared(dataset, noise_error, False, *SUMS) for dataset in ("mnist", "fashionmnist"))
+    assert [name for name in mnist if mnist[name].p_holm > 0.05] == ["vitdiff - vitdiffsum", "vitsumscaled - vit"]
+    assert [name for name in fashion if fashion[name].p_holm > 0.05] == ["vitsumscaled - vit", "vitdiffabs - vit"]
+    clean, points = (controls_compared(dataset, accuracy, True, *SUMS) for dataset in ("mnist", "fashionmnist"))
+    assert all(found.p_holm > 0.05 for found in clean.values())
+    assert [name for name in points if points[name].p_holm < 0.05] == ["vitsumscaled - vit", "vitdiffabs - vit"]
+    turned = last_lambdas("mnist", "controls/sums", "vitdiffsum")
+    weights = {dataset: [-value for value in last_lambdas(dataset, "controls/sums", "vitdiffabs")]
+               for dataset in ("mnist", "fashionmnist")}
+    free, left = mnist["vitdiff - vitdiffsum"], mnist["vitdiffabs - vit"]
+    kept, scaled = ([found[name] for found in (mnist, fashion)] for name in (
+        "vitdiff - vitdiffabs", "vitdiffv2 - vitsumscaled"))
+    assert [found.p_holm for found in scaled] == [found.p_holm for found in kept]
     return [
         "lambda ends negative in {} of {} blocks, and from `vitdiff` no difference is shown: {:.2f} points more errors "
         "({:+.2f} to {:+.2f}), p {:.2g}.".format(
             sum(value > 0 for value in turned), len(turned), -free.mean, -free.mean - free.half,
             -free.mean + free.half, free.p_holm),  # recorded is what is taken away, -lambda
-        "`vitdiffabs` makes {:.2f} points more errors than `vitdiff` {}, p {:.2g}.".format(
-            -kept.mean, how_much_less(kept), kept.p_holm),
-        "in {} of {} blocks |lambda| ends below 0.005".format(sum(value > -0.005 for value in weights), len(weights)),
-        "Of the lead over `vit` {:.2f} points are left {}, p {:.2g}. `vitsumscaled` makes {:.2f} points more errors "
-        "than `vitdiffv2` {}, p {:.2g}, and {:.2f} more than `vit` ({:.2f} to {:.2f}), p {:.2g}; its s ends at {:.2f} "
-        "on average, that of `vitdiffv2` in these seeds at {:.2f}.".format(
-            -left.mean, how_much_less(left), left.p_holm, -scaled.mean, how_much_less(scaled), scaled.p_holm, more.mean,
-            abs(more.mean - more.half), more.mean + more.half, more.p_holm,
-            *(statistics.fmean(last_lambdas(*where)) for where in (
-                ("controls/sums", "vitsumscaled"), ("reference", "vitdiffv2"))))]
+        "`vitdiffabs` {:.2f} points more than `vitdiff` on MNIST {} and {:.2f} on Fashion-MNIST {}, `vitsumscaled` "
+        "{:.2f} more than `vitdiffv2` {} and {:.2f} {}".format(
+            *(part for found in (*kept, *scaled) for part in (-found.mean, how_much_less(found)))),
+        "p is {:.2g} each on MNIST and {:.2g} on Fashion-MNIST. On MNIST `vitdiffabs` still has a lead over `vit` of "
+        "{:.2f} points {}, p {:.2g}".format(
+            kept[0].p_holm, kept[1].p_holm, -left.mean, how_much_less(left), left.p_holm),
+        "below 0.005 in {} of {} blocks on MNIST, and in {} of {} on Fashion-MNIST".format(*(
+            number for values in weights.values() for number in (sum(value < 0.005 for value in values), len(values)))),
+        "In accuracy on Fashion-MNIST `vitdiffabs` and `vitsumscaled` are ahead of `vit` by {:.2f} and {:.2f} points, "
+        "p {:.2g} and {:.2g}".format(*(getattr(points[f"{model} - vit"], figure) for figure in ("mean", "p_holm")
+                                       for model in ("vitdiffabs", "vitsumscaled"))),
+        "at {:.2f} and {:.2f} on average, that of `vitdiffv2` in these seeds at {:.2f} and {:.2f}".format(*(
+            statistics.fmean(last_lambdas(dataset, place, model)) for place, model in (
+                ("controls/sums", "vitsumscaled"), ("reference", "vitdiffv2")) for dataset in weights))]
 
 
 def shown(found):

@@ -212,7 +212,7 @@ def test_controls(monkeypatch, plugin, name):
     assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[plugin][name]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
-    for depth, block in enumerate(model.blocks):
+    for depth, block in enumerate(model.blocks):  # here lambda of version 1 is -0.99 and 0.25
         attn = randomize(block.attn)
         maps, out = control_by_hand(name, attn.state_dict(), x, depth)
         torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)

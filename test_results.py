@@ -364,8 +364,8 @@ def noise_on_parts():
         .format(*(mean_of("mnist", model, lambda run: partial_error(run, name))
                   for name in ("irrelevant", "relevant") for model in ("vit", "vitdiff"))),
         "gains {:.2f} points more on the first {}, p {:.2g}. In proportion, too: of the errors that noise on either "
-        "kind of patch adds, {:.0f}% are from the first in `vit`, {:.0f}% in `vitdiff`, p {:.2g}, but also only {:.0f}% "
-        "in `vitbalanced`, p {:.2g} (a figure chosen after all runs of MNIST)".format(
+        "kind of patch adds, {:.0f}% are from the first in `vit`, {:.0f}% in `vitdiff`, p {:.2g}, but also only "
+        "{:.0f}% in `vitbalanced`, p {:.2g} (a figure chosen after all runs of MNIST)".format(
             -less["vitdiff"].mean, how_much_less(less["vitdiff"]), less["vitdiff"].p_holm,
             *(mean_of("mnist", model, irrelevant_part) for model in ("vit", "vitdiff")), part["vitdiff"].p_holm,
             mean_of("mnist", "vitbalanced", irrelevant_part), part["vitbalanced"].p_holm),
@@ -444,9 +444,9 @@ def canvases():
         with_vit("clutteredmnist", figure_of) for figure_of in (
             accuracy, mean_error, noise_error, lambda run: partial_error(run, "relevant"),
             lambda run: partial_error(run, "irrelevant"), irrelevant_part, stats.trained_irrelevant_share))
-    paper, fewer, irrelevant_more = points["vitdiffpaper"], ["vitdiff", "vitdiffv2"], ["vitdiff", "vitdiffpaper"]
+    paper, fewer, more = points["vitdiffpaper"], ["vitdiff", "vitdiffv2"], ["vitdiff", "vitdiffpaper"]
     assert are_shown(points) == are_shown(relevant) == ["vitdiffpaper"] and are_shown(part) == ["vitdiffv2"]
-    assert are_shown(six) == are_shown(irrelevant) == [] and are_shown(share) == irrelevant_more
+    assert are_shown(six) == are_shown(irrelevant) == [] and are_shown(share) == more
     assert all(pair[model].p_holm == 1 for model in DIFFERENTIAL)
     single = blocks_of((HERE / "runs/reference/clutteredmnist-noise-table.md").read_text())[2]
     cells, least_p = len(points) * len(data.CORRUPTIONS), 2 / 2 ** seeds
@@ -477,8 +477,8 @@ def canvases():
             part["vitdiffv2"].p_holm),
         "with their 4 distractors of training, `vitdiff` and `vitdiffpaper` give it {:.1f} and {:.1f} points more, in "
         "{} and {} of {seeds} seeds, p {:.2g} and {:.2g}; for `vitdiffv2` no difference is shown.".format(
-            *(share[model].mean for model in irrelevant_more), *(seeds - share[model].better for model in irrelevant_more),
-            *(share[model].p_holm for model in irrelevant_more), seeds=seeds)]
+            *(share[model].mean for model in more), *(seeds - share[model].better for model in more),
+            *(share[model].p_holm for model in more), seeds=seeds)]
 
 
 @pytest.mark.parametrize("sentences, readme", [

@@ -180,8 +180,8 @@ def control_by_hand(name, weights, x, depth):
     if name in ("vitheads", "vitmatched"):
         return maps, out
     if name in ("vitdiffsum", "vitdiffabs"):
-        lam = v1_by_hand(weights, x, 2, 16, depth)[2]
-        return v1_by_hand(weights, x, 2, 16, depth, sign=-1 if name == "vitdiffabs" and lam < 0 else 1)[:2]
+        sign = math.copysign(1, v1_by_hand(weights, x, 2, 16, depth)[2]) if name == "vitdiffabs" else 1
+        return v1_by_hand(weights, x, 2, 16, depth, sign)[:2]
     if "lambda_proj.weight" in weights:
         s = torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None]
     if name in ("vitsum", "vitsumscaled"):
@@ -212,8 +212,10 @@ def test_controls(monkeypatch, plugin, name):
     assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[plugin][name]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
-    for depth, block in enumerate(model.blocks):  # here lambda of version 1 is -0.99 and 0.25
+    for depth, block in enumerate(model.blocks):
         attn = randomize(block.attn)
+        if name == "vitdiffabs":
+            assert (DiffAttention.lam(attn) < 0) == (depth == 0)  # lambda has both signs
         maps, out = control_by_hand(name, attn.state_dict(), x, depth)
         torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
         torch.testing.assert_close(attn(x, keep=2), out[:, :2], rtol=0, atol=1e-12)

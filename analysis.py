@@ -3,7 +3,7 @@
     python analysis.py runs/mnist-vitdiff-seed0
 
 tests the run's best weights again, prints the figures beside those recorded, and writes the analysis; train.py does so
-at the end of each run. The model is made from config.json, and from the run's copy of the plugin if it has one.
+at the end of each run. The model is made from config.json, and from the plugin that is kept beside the run.
 """
 
 import argparse
@@ -238,10 +238,7 @@ def analyse_run(folder, device, data_dir):
     if "crc32" in summary:
         records.check_files(folder, summary["crc32"], ["config.json"])
     if settings.get("plugin"):
-        found = records.execute_plugin(folder / records.plugin_name(settings))
-        if found != settings["plugin"]:
-            raise UserError(f"{folder / records.plugin_name(settings)} is not the plugin of this run "
-                            f"({settings['plugin']}): put that in its place")
+        records.execute_plugin(records.find_run_plugin(folder, settings["plugin"]))
     with records.reading(folder / "config.json"):
         records.check(set(records.SETTINGS) <= set(settings), "a setting is missing")
     records.check_name("model", settings["model"], MODELS)

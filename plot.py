@@ -50,27 +50,6 @@ Line = namedtuple("Line", "label model folder settings runs front style", defaul
 
 # From folders to lines.
 
-def subfolders(folder):
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}): name a folder of runs") from None
-
-
-def find_runs(*folders):
-    """The finished runs that lie directly in the folders, and a line for each folder in them that is left out."""
-    runs, skipped = [], []
-    for child in itertools.chain(*map(subfolders, folders)):
-        try:
-            if any(os.path.exists(child / name) for name in ("config.json", "metrics.csv", "summary.json")):
-                runs.append(records.read_run(child))
-            elif not subfolders(child):
-                skipped.append(f"{child}: not a run")
-        except UserError as error:
-            skipped.append(str(error))
-    return runs, skipped
-
-
 def find_references(folders):
     """The folders called reference in these folders, without those that are themselves among them."""
     named = {folder.resolve() for folder in folders}
@@ -543,8 +522,8 @@ def plot(args):
     for folder in folders:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} is a run: name the folder that it lies in, {folder.parent}")
-    own, skipped = find_runs(*dict.fromkeys(folders))
-    reference, more_skipped = find_runs(*find_references(folders)) if args.reference else ([], [])
+    own, skipped = records.find_runs(*dict.fromkeys(folders))
+    reference, more_skipped = records.find_runs(*find_references(folders)) if args.reference else ([], [])
     for line in skipped + more_skipped:
         print(f"skipped {line}", file=sys.stderr)
     if args.seed:

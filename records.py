@@ -1,15 +1,21 @@
-"""A run's folder: settings and facts, metrics, analyses, checkpoints; written whole, read with clear errors, locked.
+"""The records of runs: a folder for each, written whole, read with clear errors, locked; and tables of many.
 
     runs/mnist-vitdiff-seed0/   args.txt, config.json, metrics.csv, noise.csv, attention.csv, attention.npz,
                                 summary.json, best.pt, last.pt
+    runs/runs.csv, ...          a row a run, and the CSV files of all runs in one each, with SHA256SUMS
 
-A run is finished if and only if summary.json exists. Everything but the checkpoints is read without torch.
+    python records.py gather runs/ --keep-seed 0
+
+moves the finished runs of a folder into its tables; weights and maps are kept by the runs that stay folders. A run is
+finished if and only if its summary.json exists or a table has it. All but the checkpoints is read without torch.
 """
 
 import argparse
 import contextlib
 import csv
 import difflib
+import errno
+import functools
 import hashlib
 import io
 import json
@@ -18,6 +24,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -36,6 +43,8 @@ except ImportError:  # on Windows, where nothing keeps two processes off the sam
 ANALYSIS = ["noise.csv", "attention.csv", "attention.npz"]
 CHARTED = ["config.json", "metrics.csv", *ANALYSIS]  # read by plot.py, besides summary.json, which has their checksums
 FILES = ["summary.json", "config.json", "args.txt", "metrics.csv", *ANALYSIS, "best.pt", "last.pt"]
+SUMS = "SHA256SUMS"  # which tables are those of a folder: what it does not name is not read
+TABLES = ["runs.csv", "metrics.csv", "noise.csv", "attention.csv"]
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
 AUGMENTATION = ["rotation", "scale", "shear", "shift", "flip"]
 RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip",
@@ -43,6 +52,7 @@ RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
 SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTINGS]
 SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
+SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well
 # Corruptions in noise.csv, besides those of whole images: {part of the image: name}.
 PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
@@ -113,16 +123,26 @@ def write_whole(path, content):
         UserError: if the disk is full or the folder cannot be written to.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
+        with writing(path):
+            with open(partial, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except UserError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A block that writes, moves or deletes one file or folder: what the system refuses is a UserError."""
+    try:
+        yield
+    except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): nothing written before is lost; put that right "
                         "and run the same command again") from None
 
@@ -143,19 +163,23 @@ def write_csv(path, rows, number="{:.6f}", **formats):
 
 
 def write_config(folder, settings, facts, plugin=None):
-    """config.json, and args.txt: the flags that repeat the run, one a line, to be read again as @FILE. A plugin is
-    copied, and the flag names the copy."""
-    def flag(name, value):
-        name = name.replace("_", "-")
-        return (f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name} {value}"
-
-    flags = dict(settings)
-    if plugin:
-        flags["plugin"] = shlex.quote(str(folder / plugin.name))
-        write_whole(folder / plugin.name, plugin.read_bytes())
+    """config.json, and args.txt: the flags that repeat the run, one a line, to be read again as @FILE. The plugin, a
+    path, is kept beside the runs, and its flag names that file."""
+    kept = keep_plugin(folder.parent, settings["plugin"], plugin) if plugin else None
     write_json(folder / "config.json", dict(settings=settings, facts=facts))
-    write_whole(folder / "args.txt", "".join(
-        flag(name, value) + "\n" for name, value in flags.items() if value is not None))
+    write_whole(folder / "args.txt", "".join(flag + "\n" for flag in make_flags(settings, kept)))
+
+
+def make_flags(settings, plugin=None):
+    """The flags of train.py that repeat a run with these settings and the plugin of this path."""
+    flags = []
+    for name, value in (settings | dict(plugin=plugin and shlex.quote(str(plugin)))).items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags.append(f"--{name} {value}")
+    return flags
 
 
 def write_metrics(folder, rows):
@@ -177,8 +201,18 @@ def write_summary(folder, figures):
 
 def checksums(folder, figures):
     """CRC-32 of the figures of summary.json and of the files that plot.py reads, where they exist: {name: number}."""
-    sums = {name: zlib.crc32((folder / name).read_bytes()) for name in CHARTED if (folder / name).exists()}
+    sums = {name: file_checksum(folder / name) for name in CHARTED if (folder / name).exists()}
     return sums | {"summary.json": figures_checksum(figures)}
+
+
+def file_checksum(path):
+    content = path.read_bytes()
+    return zlib.crc32(content if path.suffix == ".npz" else with_plain_ends(content))
+
+
+def with_plain_ends(text):
+    """A file of text, bytes, with the line ends that it was written with, which git may change on its way."""
+    return text.replace(b"\r\n", b"\n")
 
 
 def figures_checksum(summary):
@@ -211,6 +245,8 @@ def reading(path):
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (OSError, EOFError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, MemoryError,
             RecursionError, NotImplementedError, RuntimeError, csv.Error, pickle.UnpicklingError, zipfile.BadZipFile,
             zlib.error) as error:
@@ -241,88 +277,108 @@ def read_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def check_settings(settings):
+    """A ValueError, or another that `reading` knows, unless a record of these settings can be read."""
+    for name in ("model", "dataset"):
+        check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
+    check(type(settings["seed"]) is int, "seed is not a whole number")
+    check(type(settings["epochs"]) is int, "epochs is not a whole number")
+
+
+def check_summary(summary):
+    check_finite([summary[name] for name in ("val_loss", "test_loss")], "a loss")
+    check_shares([summary["test_accuracy"]], "test_accuracy")
+    check(type(summary["parameters"]) is int and 0 < summary["parameters"] < 1e30, "parameters is not a number")
+
+
 def read_config(folder):
     """The settings and the facts of a run: two dicts."""
+    if not folder.exists() and (row := read_rows(folder.parent).get(folder.name)):
+        raise UserError(f"{folder} is in the tables of {folder.parent}, which keep no weights: to make them again, run "
+                        f"python train.py {row.args} --runs-dir DIR")
     with reading(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text())
         settings, facts = config["settings"], config["facts"]
         check(isinstance(settings, dict) and isinstance(facts, dict), "settings and facts are not objects")
-        for name in ("model", "dataset"):
-            check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
-        check(type(settings["seed"]) is int, "seed is not a whole number")
-        check(type(settings["epochs"]) is int, "epochs is not a whole number")
+        check_settings(settings)
         return settings, facts
 
 
 def read_summary(folder):
-    """summary.json, a dict: the figures of a finished run, and as crc32 the checksums, unless it was made by hand."""
+    """The figures of a finished run, a dict: those of summary.json, with the checksums as crc32 unless it was made by
+    hand; of a run that has been gathered, those of the table."""
+    if not folder.exists() and (row := read_rows(folder.parent).get(folder.name)):
+        return row.summary
     with reading(folder / "summary.json"):
         summary = json.loads((folder / "summary.json").read_text())
-        check_finite([summary[name] for name in ("val_loss", "test_loss")], "a loss")
-        check_shares([summary["test_accuracy"]], "test_accuracy")
-        check(type(summary["parameters"]) is int and 0 < summary["parameters"] < 1e30, "parameters is not a number")
+        check_summary(summary)
         if "crc32" in summary:
             check(summary["crc32"]["summary.json"] == figures_checksum(summary), "its checksum is wrong")
         return summary
 
 
-def read_csv(path):
-    """The rows of a CSV file as dicts, a number wherever a cell is one."""
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    with open(path, newline="") as file:
-        rows = [{column: number(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
+def to_number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_csv(text, value=to_number):
+    """The rows of a CSV file as dicts of value(cell), a number wherever a cell is one; empty cells are left out."""
+    header, *rows = csv.reader(io.StringIO(text), strict=True)
     check(rows, "it has no rows")
-    return rows
+    check(len(set(header)) == len(header), "two columns have the same name")
+    check(all(len(row) == len(header) for row in rows), "a row has not as many cells as the header")
+    return [{column: cell if column == "run" else value(cell) for column, cell in zip(header, row) if cell}
+            for row in rows]
 
 
-def read_metrics(folder, epochs):
-    """metrics.csv as {column: numbers, one an epoch}."""
-    with reading(folder / "metrics.csv"):
-        rows = read_csv(folder / "metrics.csv")
-        metrics = {column: [row[column] for row in rows] for column in rows[0]}
-        for column, values in metrics.items():
-            check_finite(values, column)
-        check_shares(metrics["val_accuracy"], "val_accuracy")
-        check("val_loss" in metrics, "val_loss is missing")
-        check(len(rows) == epochs and metrics["epoch"] == list(range(1, len(rows) + 1)), "it has not one row an epoch")
-        return metrics
+def read_csv(path, value=to_number):
+    return parse_csv(path.read_text(), value)
 
 
-def read_noise(folder):
-    """noise.csv as {corruption: test accuracies at severities 1, 2, ...}."""
-    with reading(folder / "noise.csv"):
-        noise = {}
-        for row in read_csv(folder / "noise.csv"):
-            check_shares([row["test_accuracy"]], "test_accuracy")
-            check(isinstance(row["corruption"], str), "a corruption is not a name")
-            accuracies = noise.setdefault(row["corruption"], [])
-            accuracies.append(row["test_accuracy"])
-            check(row["severity"] == len(accuracies), "severities are not 1, 2, ...")
-        check(len(set(map(len, noise.values()))) == 1, "corruptions differ in their severities")
-        return noise
+def metrics_of(rows, epochs):
+    """The rows of metrics.csv as {column: numbers, one an epoch}."""
+    metrics = {column: [row[column] for row in rows] for column in rows[0]}
+    check(all(row.keys() == metrics.keys() for row in rows), "a cell is empty")
+    for column, values in metrics.items():
+        check_finite(values, column)
+    check_shares(metrics["val_accuracy"], "val_accuracy")
+    check("val_loss" in metrics, "val_loss is missing")
+    check(len(rows) == epochs and metrics["epoch"] == list(range(1, len(rows) + 1)), "it has not one row an epoch")
+    return metrics
 
 
-def read_attention(folder):
-    """attention.csv as {condition: {block: {figure: its mean over the heads}}}."""
-    with reading(folder / "attention.csv"):
-        heads = {}
-        for row in read_csv(folder / "attention.csv"):
-            check(isinstance(row["condition"], str), "a condition is not a name")
-            check_finite([row[name] for name in ATTENTION_FIGURES[:-1]], "a figure")
-            check(isinstance(row["signal_to_noise"], float) and not row["signal_to_noise"] < 0,
-                  "signal_to_noise is not a number")
-            blocks = heads.setdefault(row["condition"], {})
-            blocks.setdefault(row["block"], []).append(row)
-            check(list(blocks) == list(range(len(blocks))), "blocks are not 0, 1, ...")
-            check(row["head"] == len(blocks[row["block"]]) - 1, "heads are not 0, 1, ...")
-        counts = [[len(rows) for rows in blocks.values()] for blocks in heads.values()]
-        check(all(count == counts[0] for count in counts), "conditions differ in their blocks or heads")
-        return {condition: {int(block): {name: sum(row[name] for row in rows) / len(rows) for name in ATTENTION_FIGURES}
-                            for block, rows in blocks.items()} for condition, blocks in heads.items()}
+def noise_of(rows):
+    """The rows of noise.csv as {corruption: test accuracies at severities 1, 2, ...}."""
+    noise = {}
+    for row in rows:
+        check_shares([row["test_accuracy"]], "test_accuracy")
+        check(isinstance(row["corruption"], str), "a corruption is not a name")
+        accuracies = noise.setdefault(row["corruption"], [])
+        accuracies.append(row["test_accuracy"])
+        check(row["severity"] == len(accuracies), "severities are not 1, 2, ...")
+    check(len(set(map(len, noise.values()))) == 1, "corruptions differ in their severities")
+    return noise
+
+
+def attention_of(rows):
+    """The rows of attention.csv as {condition: {block: {figure: its mean over the heads}}}."""
+    heads = {}
+    for row in rows:
+        check(isinstance(row["condition"], str), "a condition is not a name")
+        check_finite([row[name] for name in ATTENTION_FIGURES[:-1]], "a figure")
+        check(isinstance(row["signal_to_noise"], float) and not row["signal_to_noise"] < 0,
+              "signal_to_noise is not a number")
+        blocks = heads.setdefault(row["condition"], {})
+        blocks.setdefault(row["block"], []).append(row)
+        check(list(blocks) == list(range(len(blocks))), "blocks are not 0, 1, ...")
+        check(row["head"] == len(blocks[row["block"]]) - 1, "heads are not 0, 1, ...")
+    counts = [[len(rows) for rows in blocks.values()] for blocks in heads.values()]
+    check(all(count == counts[0] for count in counts), "conditions differ in their blocks or heads")
+    return {condition: {int(block): {name: sum(row[name] for row in rows) / len(rows) for name in ATTENTION_FIGURES}
+                        for block, rows in blocks.items()} for condition, blocks in heads.items()}
 
 
 def read_maps(folder):
@@ -344,7 +400,7 @@ def read_maps(folder):
 
 
 # metrics: {column: list}. noise, attention and maps are as their readers return them, None where the run was not
-# analysed.
+# analysed; a run in tables has no maps, and its folder, DIR/NAME, does not exist.
 Run = namedtuple("Run", "folder settings facts metrics summary noise attention maps")
 
 
@@ -353,7 +409,7 @@ def check_files(folder, sums, names=CHARTED):
     for path in (folder / name for name in names):
         with reading(path):
             if path.name in sums or path.exists():
-                check(zlib.crc32(path.read_bytes()) == sums.get(path.name), "summary.json has another checksum of it")
+                check(file_checksum(path) == sums.get(path.name), "summary.json has another checksum of it")
 
 
 def read_run(folder):
@@ -362,6 +418,10 @@ def read_run(folder):
     Raises:
         UserError: if it is not finished, or a file of it is missing or damaged.
     """
+    def read(name, parse, *arguments):
+        with reading(folder / name):
+            return parse(read_csv(folder / name), *arguments) if (folder / name).exists() else None
+
     folder = Path(folder)
     settings, facts = read_config(folder)
     if not (folder / "summary.json").exists():
@@ -369,31 +429,318 @@ def read_run(folder):
     summary = read_summary(folder)
     if "crc32" in summary:
         check_files(folder, summary["crc32"])
-    metrics = read_metrics(folder, settings["epochs"])
-    analyses = [read(folder) if (folder / name).exists() else None
-                for name, read in zip(ANALYSIS, [read_noise, read_attention, read_maps])]
-    return Run(folder, settings, facts, metrics, summary, *analyses)
+    metrics = read("metrics.csv", metrics_of, settings["epochs"])
+    if metrics is None:
+        raise UserError(f"{folder / 'metrics.csv'} is missing")
+    maps = read_maps(folder) if (folder / "attention.npz").exists() else None
+    return Run(folder, settings, facts, metrics, summary, read("noise.csv", noise_of),
+               read("attention.csv", attention_of), maps)
+
+
+def subfolders(folder):
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): name a folder of runs") from None
+
+
+def is_run(folder):
+    return any(os.path.exists(folder / name) for name in ("config.json", "metrics.csv", "summary.json"))
+
+
+def find_runs(*folders):
+    """The finished runs that lie directly in the folders, [Run], those of their tables first; and a line for each
+    folder in them that is left out.
+
+    Raises:
+        UserError: if a table is damaged, or a run is in the tables and in a folder as well.
+    """
+    runs, skipped = [], []
+    for folder in map(Path, folders):
+        children, tabled = subfolders(folder), read_tables(folder)
+        names = {run.folder.name for run in tabled}
+        runs += tabled
+        for child in children:
+            if child.name in names:
+                raise UserError(f"{child} and {folder / 'runs.csv'} hold the same run: run python records.py gather "
+                                f"{shlex.quote(str(folder))} again if it was interrupted, or move the folder away")
+            try:
+                if is_run(child):
+                    runs.append(read_run(child))
+                elif not subfolders(child) and child.name != "plugins":
+                    skipped.append(f"{child}: not a run")
+            except UserError as error:
+                skipped.append(str(error))
+    return runs, skipped
+
+
+# Tables of many runs.
+
+def to_cell(value):
+    """A value of JSON as the text of a cell: a number by repr, a plain string as it is, anything else as JSON."""
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str) and value and value.isprintable() and from_cell(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def from_cell(text):
+    if text in ("nan", "inf", "-inf"):
+        return float(text)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def sha256(content):
+    return hashlib.sha256(with_plain_ends(content)).hexdigest()
+
+
+def staged(folder, name):
+    """Where gather puts a new table before it takes the place of the old one."""
+    return folder / f".{name}.new"
+
+
+def read_sums(folder):
+    """SHA256SUMS as {table: SHA-256}; nothing where the folder has no tables."""
+    path = folder / SUMS
+    if not path.exists() and not (folder / "runs.csv").exists():
+        return {}
+    with reading(path):
+        sums = {name: digits for digits, name in re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", path.read_text(), re.M)}
+        check({"runs.csv", "metrics.csv"} <= sums.keys() <= {*TABLES}, "it does not name the tables")
+    return sums
+
+
+def read_table(folder, name, sums):
+    """The text of a table. While gather puts new tables in place, SHA256SUMS says which are valid."""
+    found = [path for path in (folder / name, staged(folder, name)) if path.exists()]
+    for path in found:
+        with reading(path):
+            content = path.read_bytes()
+            if sha256(content) == sums[name]:
+                return content.decode()
+    raise UserError(f"{folder / name} is {'not what ' + SUMS + ' says' if found else 'missing'}: put the original back, "
+                    f"or move the tables and {SUMS} away")
+
+
+# A row of runs.csv: the run's name, the flags that repeat it, and what its config.json and its summary.json hold.
+Row = namedtuple("Row", "run args settings facts summary")
+
+
+def read_rows(folder, sums=None):
+    """runs.csv as {run: Row}; nothing where the folder has no tables."""
+    sums = sums or read_sums(folder)
+    return parse_rows(folder / "runs.csv", read_table(folder, "runs.csv", sums)) if sums else {}
+
+
+def parse_rows(path, text):
+    """Settings end with the last that this program knows, figures begin with val_loss; what is a figure and a setting
+    or fact as well has one column."""
+    with reading(path):
+        cells, rows = parse_csv(text, from_cell), {}
+        header = next(csv.reader(io.StringIO(text)))
+        facts = 1 + max(i for i, column in enumerate(header) if column in SETTINGS)
+        figures = header.index("val_loss")
+        parts = header[2:facts], header[facts:figures], [*SHARED_FIGURES, *header[figures:]]
+        for row in cells:
+            check(row["run"] not in rows, f"{row['run']} is in two rows")
+            settings, facts_, summary = ({column: row[column] for column in part if column in row} for part in parts)
+            check_settings(settings)
+            check_summary(summary)
+            rows[row["run"]] = Row(row["run"], row["args"], settings, facts_, summary)
+        return rows
+
+
+def group_by_run(path, text, names, value=to_number):
+    """The rows of a table of many runs as {run: rows without the name}."""
+    with reading(path):
+        groups = {}
+        for row in parse_csv(text, value):
+            groups.setdefault(row.pop("run"), []).append(row)
+        check(groups.keys() <= names, "it has runs that runs.csv has not")
+        return groups
+
+
+def read_tables(folder, sums=None):
+    """The runs in a folder's tables, [Run]; none where it has no tables. sums: those of SHA256SUMS, or of new tables.
+
+    Raises:
+        UserError: if a table is not the one whose SHA-256 SHA256SUMS has, or does not fit the others.
+    """
+    sums = sums or read_sums(folder)
+    rows = read_rows(folder, sums)
+    groups = {name: group_by_run(folder / name, read_table(folder, name, sums), rows.keys())
+              for name in sums if name != "runs.csv"}
+
+    def read(run, name, parse, *arguments):
+        with reading(folder / name):
+            found = groups.get(name, {}).get(run)
+            return parse(found, *arguments) if found else None
+
+    runs = []
+    for name, row in rows.items():
+        metrics = read(name, "metrics.csv", metrics_of, row.settings["epochs"])
+        if metrics is None:
+            raise UserError(f"{folder / 'metrics.csv'} has no rows of {name}: put the original back")
+        runs.append(Run(folder / name, row.settings, row.facts, metrics, row.summary,
+                        read(name, "noise.csv", noise_of), read(name, "attention.csv", attention_of), None))
+    return runs
+
+
+# Gathering.
+
+def gather(folder, keep_seeds=()):
+    """Move the finished runs of a folder into its tables, but for those of the seeds to keep. Weights and maps of what
+    is gathered are deleted. Killed at any moment it leaves each run in its folder or in the tables, and goes on when
+    called again.
+
+    Raises:
+        UserError: if a run is not finished, damaged or in use, or would not be the same in a table; nothing is changed.
+    """
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked(folder))
+        settle(folder)
+        runs = [read_run(child) for child in subfolders(folder) if is_run(child)]
+        moved = [run for run in runs if run.settings["seed"] not in keep_seeds]
+        for run in moved:
+            check_movable(run)
+            locks.enter_context(locked(run.folder))
+        if moved:
+            new_sums = stage_tables(folder, moved)
+            check_same(moved, read_tables(folder, new_sums))
+            write_whole(folder / SUMS, "".join(f"{digits}  {name}\n" for name, digits in new_sums.items()))
+            settle(folder)
+        for run in moved:
+            hidden = run.folder.with_name(f".{run.folder.name}.gathered")
+            with writing(run.folder):
+                os.replace(run.folder, hidden)
+                shutil.rmtree(hidden)
+    kept = f"; {len(runs) - len(moved)} stay folders" if len(runs) > len(moved) else ""
+    print(f"{len(moved)} runs gathered, {len(read_rows(folder))} in the tables of {folder}{kept}")
+
+
+def settle(folder):
+    """Finish what a killed gather left: put the tables that SHA256SUMS names in place, delete gathered folders."""
+    sums, rows = read_sums(folder), read_rows(folder)
+    for name in TABLES:
+        path = staged(folder, name)
+        with writing(path):
+            if path.exists() and sha256(path.read_bytes()) == sums.get(name):
+                os.replace(path, folder / name)
+            path.unlink(missing_ok=True)
+    for hidden in folder.glob(".*.gathered"):
+        name = hidden.name.removeprefix(".").removesuffix(".gathered")
+        with writing(hidden):
+            if name in rows:
+                shutil.rmtree(hidden)
+            else:
+                os.replace(hidden, folder / name)
+
+
+def check_movable(run):
+    """Raise a UserError if the folder of a run holds anything that gather would delete and nobody could make again."""
+    plugin = [plugin_name(run.settings)] if run.settings.get("plugin") else []
+    strays = sorted(path.name for path in run.folder.iterdir()
+                    if path.name not in [*FILES, *plugin] and not path.name.startswith("."))
+    if strays:
+        raise UserError(f"{run.folder} holds {', '.join(strays)}, which tables do not keep: move it away")
+
+
+def stage_tables(folder, runs):
+    """Write the tables of a folder with these runs added, each beside the old one: {table: SHA-256}."""
+    old_sums, rows = read_sums(folder), read_rows(folder)
+    rows |= {run.folder.name: make_row(run) for run in runs}
+    order = sorted(rows, key=lambda name: [rows[name].settings[key] for key in ("dataset", "model", "seed")])
+    texts = {"runs.csv": format_rows([rows[name] for name in order])}
+    for table in TABLES[1:]:
+        groups = group_by_run(folder / table, read_table(folder, table, old_sums), rows.keys(), str) if (
+            table in old_sums) else {}
+        for run in runs:
+            groups.pop(run.folder.name, None)
+            if (run.folder / table).exists():
+                groups[run.folder.name] = read_csv(run.folder / table, lambda cell: to_cell(from_cell(cell)))
+        if groups:
+            texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
+    for table, text in texts.items():
+        write_whole(staged(folder, table), text)
+    return {table: sha256(text.encode()) for table, text in texts.items()}
+
+
+def make_row(run):
+    plugin = run.settings.get("plugin")
+    if plugin:
+        kept = keep_plugin(run.folder.parent, plugin, find_plugin(plugin, run.folder))
+    return Row(run.folder.name, " ".join(make_flags(run.settings, kept if plugin else None)), run.settings, run.facts,
+               {name: value for name, value in run.summary.items() if name != "crc32"})
+
+
+def format_rows(rows):
+    """runs.csv of [Row]; its columns are in the order that parse_rows relies on."""
+    def columns(part, first):
+        found = dict.fromkeys(column for row in rows for column in getattr(row, part))
+        return sorted(found, key=first)
+
+    order = [*columns("settings", lambda name: name in SETTINGS), *columns("facts", lambda name: False),
+             *columns("summary", lambda name: name != "val_loss")]
+    cells = [row.summary | row.facts | row.settings for row in rows]
+    return format_csv([dict(run=row.run, args=row.args) | {
+        name: to_cell(values[name]) for name in dict.fromkeys(order) if name in values}
+        for row, values in zip(rows, cells)], ["run", "args", *dict.fromkeys(order)])
+
+
+def format_csv(rows, columns=None):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns or dict.fromkeys(column for row in rows for column in row),
+                            lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
+def check_same(runs, tabled):
+    """Raise a UserError unless each run reads from the tables as it does from its folder, to the last digit."""
+    def content(run, shared):
+        summary = {name: value for name, value in run.summary.items() if name != "crc32"}
+        return json.dumps([run.settings, run.facts, shared | summary, run.metrics, run.noise, run.attention],
+                          sort_keys=True)
+
+    found = {run.folder.name: run for run in tabled}
+    for run in runs:
+        both = run.facts | run.settings
+        shared = {name: both[name] for name in SHARED_FIGURES if name in both}
+        if content(run, shared) != content(found[run.folder.name], {}):
+            raise UserError(f"{run.folder} would not be the same in a table: its config.json, summary.json and CSV "
+                            "files contradict each other; nothing was gathered")
 
 
 # Who may train what.
+
+def is_recorded(folder):
+    """Whether there is a finished run of this folder, in it or in the tables beside it."""
+    return (folder / "summary.json").exists() or folder.name in read_rows(folder.parent)
+
 
 def is_finished(folder, settings):
     """Whether the run with these settings is finished; a UserError if the folder holds anything else."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: move it away or give another --runs-dir")
-    if not (folder / "config.json").exists():
+    row = read_rows(folder.parent).get(folder.name)
+    if not row and not (folder / "config.json").exists():
         strays = [name for name in FILES if (folder / name).exists()]
         if strays:
             raise UserError(f"{folder} has {strays[0]} but no config.json, so nothing says what made it: move it away "
                             "or give --overwrite")
         return False
-    recorded, _ = read_config(folder)
+    recorded = row.settings if row else read_config(folder)[0]
     differing = [f"{name} is {recorded.get(name)} there and {value} here"
                  for name, value in settings.items() if recorded.get(name) != value]
     if differing:
         raise UserError(f"{folder} has other settings ({'; '.join(differing)}): give those, another --runs-dir, "
                         "or --overwrite to lose that run")
-    return (folder / "summary.json").exists()
+    return row is not None or (folder / "summary.json").exists()
 
 
 def read_stack(folder):
@@ -417,6 +764,9 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
     for seed in seeds:
         folder = run_folder(runs_dir, settings | dict(seed=seed))
         if overwrite:
+            if folder.name in read_rows(folder.parent):
+                raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not change: "
+                                "give another --runs-dir")
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
             stack = read_stack(folder) if (folder / "config.json").exists() else []
@@ -427,6 +777,14 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
             fresh += [] if stack else [seed]
     fresh = [seed for seed in fresh if not any(seed in stack for stack in interrupted)]
     return interrupted + [fresh[i:i + size] for i in range(0, len(fresh), size)]
+
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of some network file systems
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -444,6 +802,12 @@ def locked(folder, wait=False):
             except BlockingIOError:
                 raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir"
                                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise UserError(f"{folder} cannot be locked ({error.strerror}): name another folder") from None
+                say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
+        for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
+            partial.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -468,12 +832,52 @@ def execute_plugin(path):
     module = sys.modules["plugin"] = types.ModuleType("plugin")
     module.__file__ = str(path)
     exec(compile(source, path, "exec"), vars(module))
-    return f"{path.name} {hashlib.sha256(source).hexdigest()[:12]}"
+    return f"{path.name} {sha256(source)[:12]}"
 
 
 def plugin_name(settings):
-    """The name of the plugin's copy in the folder of a run that was trained with one."""
     return settings["plugin"].rsplit(" ", 1)[0]
+
+
+def find_plugin(setting, *places):
+    """The first Python file in these folders that the `plugin` setting of a run stands for, by its SHA-256, or None."""
+    for path in [path for place in places for path in sorted(place.glob("*.py"))]:
+        with reading(path):
+            if sha256(path.read_bytes()).startswith(setting.rsplit(" ", 1)[1]):
+                return path
+
+
+def find_run_plugin(folder, setting):
+    """The plugin that the run in a folder was trained with, kept in that folder or beside it.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    found = find_plugin(setting, folder, folder.parent, folder.parent / "plugins")
+    if not found:
+        raise UserError(f"{folder} was trained with the plugin {setting}, of which no copy lies in {folder.parent} or "
+                        "its plugins/: put it there")
+    return found
+
+
+def keep_plugin(runs_dir, setting, source):
+    """The path of a plugin among the runs: its copy in plugins/, unless it lies beside them already."""
+    found = find_plugin(setting, runs_dir, runs_dir / "plugins")
+    if found:
+        return found
+    name, digits = setting.rsplit(" ", 1)
+    kept = runs_dir / "plugins" / f"{name.removesuffix('.py')}-{digits}.py"
+    if source:
+        make_folder(kept.parent)
+        write_whole(kept, source.read_bytes())
+    return kept
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): name another one") from None
 
 
 def git_commit():
@@ -486,3 +890,21 @@ def git_commit():
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# The command.
+
+def main(argv=None):
+    """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    parser = Parser(prog="records.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["gather"], help="move finished runs into the tables of their folder, whole "
+                                                            "or not at all; their weights and maps are deleted")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that the runs lie in")
+    parser.add_argument("--keep-seed", nargs="+", type=int, default=[], metavar="N", dest="keep_seeds",
+                        help="leave the runs of these seeds as folders, with weights and maps")
+    args = parser.parse_args(argv)
+    return exit_status("records.py", gather, args.folder, args.keep_seeds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -579,7 +579,7 @@ def train_runs(args):
                             if unfinished_stacks(experiment, args)] if rank() == 0 else None)
     folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
                for experiment in experiments for seed in experiment.seeds]
-    skipped = sum(not args.overwrite and (folder / "summary.json").exists() for folder in folders)
+    skipped = sum(not args.overwrite and records.is_recorded(folder) for folder in folders)
     datasets = dict.fromkeys(experiment.settings["dataset"] for experiment in unfinished)
     splits = {name: data.load_splits(name, args.data_dir, device) for name in datasets}
     if unfinished and rank() == 0:

@@ -210,9 +210,9 @@ def file_checksum(path):
     return zlib.crc32(content if path.suffix == ".npz" else with_plain_ends(content))
 
 
-def with_plain_ends(text):
-    """A file of text, bytes, with the line ends that it was written with, which git may change on its way."""
-    return text.replace(b"\r\n", b"\n")
+def with_plain_ends(content):
+    """The bytes of a text with the line ends that it was written with, which git may change on its way."""
+    return content.replace(b"\r\n", b"\n")
 
 
 def figures_checksum(summary):
@@ -259,6 +259,10 @@ def check(condition, complaint):
         raise ValueError(complaint)
 
 
+def read_text(path):
+    return with_plain_ends(path.read_bytes()).decode()
+
+
 def check_finite(values, what):
     check(all(type(value) in (int, float) and abs(value) < 1e30 for value in values), f"{what} is not a finite number")
 
@@ -297,7 +301,7 @@ def read_config(folder):
         raise UserError(f"{folder} is in the tables of {folder.parent}, which keep no weights: to make them again, run "
                         f"python train.py {row.args} --runs-dir DIR")
     with reading(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(read_text(folder / "config.json"))
         settings, facts = config["settings"], config["facts"]
         check(isinstance(settings, dict) and isinstance(facts, dict), "settings and facts are not objects")
         check_settings(settings)
@@ -310,7 +314,7 @@ def read_summary(folder):
     if not folder.exists() and (row := read_rows(folder.parent).get(folder.name)):
         return row.summary
     with reading(folder / "summary.json"):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(read_text(folder / "summary.json"))
         check_summary(summary)
         if "crc32" in summary:
             check(summary["crc32"]["summary.json"] == figures_checksum(summary), "its checksum is wrong")
@@ -334,11 +338,7 @@ def parse_csv(text, value=to_number):
             for row in rows]
 
 
-def read_csv(path, value=to_number):
-    return parse_csv(path.read_text(), value)
-
-
-def metrics_of(rows, epochs):
+def metrics_of(rows):
     """The rows of metrics.csv as {column: numbers, one an epoch}."""
     metrics = {column: [row[column] for row in rows] for column in rows[0]}
     check(all(row.keys() == metrics.keys() for row in rows), "a cell is empty")
@@ -346,7 +346,7 @@ def metrics_of(rows, epochs):
         check_finite(values, column)
     check_shares(metrics["val_accuracy"], "val_accuracy")
     check("val_loss" in metrics, "val_loss is missing")
-    check(len(rows) == epochs and metrics["epoch"] == list(range(1, len(rows) + 1)), "it has not one row an epoch")
+    check(metrics["epoch"] == list(range(1, len(rows) + 1)), "epochs are not 1, 2, ...")
     return metrics
 
 
@@ -418,23 +418,30 @@ def read_run(folder):
     Raises:
         UserError: if it is not finished, or a file of it is missing or damaged.
     """
-    def read(name, parse, *arguments):
-        with reading(folder / name):
-            return parse(read_csv(folder / name), *arguments) if (folder / name).exists() else None
-
     folder = Path(folder)
     settings, facts = read_config(folder)
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} is not finished: run its command again to resume")
-    summary = read_summary(folder)
+    summary, rows = read_summary(folder), {}
     if "crc32" in summary:
         check_files(folder, summary["crc32"])
-    metrics = read("metrics.csv", metrics_of, settings["epochs"])
-    if metrics is None:
-        raise UserError(f"{folder / 'metrics.csv'} is missing")
+    for name in TABLES[1:]:
+        with reading(folder / name):
+            if name == "metrics.csv" or (folder / name).exists():
+                rows[name] = parse_csv(read_text(folder / name))
     maps = read_maps(folder) if (folder / "attention.npz").exists() else None
-    return Run(folder, settings, facts, metrics, summary, read("noise.csv", noise_of),
-               read("attention.csv", attention_of), maps)
+    return make_run(folder, settings, facts, summary, rows, folder, maps)
+
+
+def make_run(folder, settings, facts, summary, rows, place, maps=None):
+    """A Run of {file: its rows}, which lie in the files of this name in `place`."""
+    parsed = []
+    for name, parse in zip(TABLES[1:], [metrics_of, noise_of, attention_of]):
+        with reading(place / name):
+            parsed.append(parse(rows[name]) if name in rows else None)
+    with reading(place / "metrics.csv"):
+        check(parsed[0] and len(parsed[0]["epoch"]) == settings["epochs"], f"{folder.name} has not one row an epoch")
+    return Run(folder, settings, facts, parsed[0], summary, *parsed[1:], maps)
 
 
 def subfolders(folder):
@@ -445,7 +452,9 @@ def subfolders(folder):
 
 
 def is_run(folder):
-    return any(os.path.exists(folder / name) for name in ("config.json", "metrics.csv", "summary.json"))
+    """Whether a folder is of a run, finished or not; one of tables has a metrics.csv, too."""
+    return not (folder / "runs.csv").exists() and any(
+        os.path.exists(folder / name) for name in ("config.json", "metrics.csv", "summary.json"))
 
 
 def find_runs(*folders):
@@ -509,7 +518,7 @@ def read_sums(folder):
     if not path.exists() and not (folder / "runs.csv").exists():
         return {}
     with reading(path):
-        sums = {name: digits for digits, name in re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", path.read_text(), re.M)}
+        sums = {name: digits for digits, name in re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", read_text(path), re.M)}
         check({"runs.csv", "metrics.csv"} <= sums.keys() <= {*TABLES}, "it does not name the tables")
     return sums
 
@@ -575,19 +584,9 @@ def read_tables(folder, sums=None):
     groups = {name: group_by_run(folder / name, read_table(folder, name, sums), rows.keys())
               for name in sums if name != "runs.csv"}
 
-    def read(run, name, parse, *arguments):
-        with reading(folder / name):
-            found = groups.get(name, {}).get(run)
-            return parse(found, *arguments) if found else None
-
-    runs = []
-    for name, row in rows.items():
-        metrics = read(name, "metrics.csv", metrics_of, row.settings["epochs"])
-        if metrics is None:
-            raise UserError(f"{folder / 'metrics.csv'} has no rows of {name}: put the original back")
-        runs.append(Run(folder / name, row.settings, row.facts, metrics, row.summary,
-                        read(name, "noise.csv", noise_of), read(name, "attention.csv", attention_of), None))
-    return runs
+    return [make_run(folder / run, row.settings, row.facts, row.summary,
+                     {name: group[run] for name, group in groups.items() if run in group}, folder)
+            for run, row in rows.items()]
 
 
 # Gathering.
@@ -608,9 +607,11 @@ def gather(folder, keep_seeds=()):
         for run in moved:
             check_movable(run)
             locks.enter_context(locked(run.folder))
+        check_same(moved, read_tables(folder), "is in the tables as another run: move one of them away")
         if moved:
             new_sums = stage_tables(folder, moved)
-            check_same(moved, read_tables(folder, new_sums))
+            check_same(moved, read_tables(folder, new_sums), "would not be the same in a table: its config.json, "
+                       "summary.json and CSV files contradict each other")
             write_whole(folder / SUMS, "".join(f"{digits}  {name}\n" for name, digits in new_sums.items()))
             settle(folder)
         for run in moved:
@@ -661,7 +662,7 @@ def stage_tables(folder, runs):
         for run in runs:
             groups.pop(run.folder.name, None)
             if (run.folder / table).exists():
-                groups[run.folder.name] = read_csv(run.folder / table, lambda cell: to_cell(from_cell(cell)))
+                groups[run.folder.name] = parse_csv(read_text(run.folder / table), lambda cell: to_cell(from_cell(cell)))
         if groups:
             texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
     for table, text in texts.items():
@@ -700,8 +701,8 @@ def format_csv(rows, columns=None):
     return table.getvalue()
 
 
-def check_same(runs, tabled):
-    """Raise a UserError unless each run reads from the tables as it does from its folder, to the last digit."""
+def check_same(runs, tabled, complaint):
+    """Raise a UserError unless each run that is in the tables reads from them as from its folder, to the last digit."""
     def content(run, shared):
         summary = {name: value for name, value in run.summary.items() if name != "crc32"}
         return json.dumps([run.settings, run.facts, shared | summary, run.metrics, run.noise, run.attention],
@@ -711,9 +712,8 @@ def check_same(runs, tabled):
     for run in runs:
         both = run.facts | run.settings
         shared = {name: both[name] for name in SHARED_FIGURES if name in both}
-        if content(run, shared) != content(found[run.folder.name], {}):
-            raise UserError(f"{run.folder} would not be the same in a table: its config.json, summary.json and CSV "
-                            "files contradict each other; nothing was gathered")
+        if run.folder.name in found and content(run, shared) != content(found[run.folder.name], {}):
+            raise UserError(f"{run.folder} {complaint}; nothing was gathered")
 
 
 # Who may train what.

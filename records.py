@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that answers a wrong flag in one line, and reads flags from @FILE where that is allowed."""
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        return [os.path.expanduser(word) for word in shlex.split(line, comments=True)]
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -75,6 +75,9 @@ class Parser(argparse.ArgumentParser):
 
 def exit_status(prog, command, *args):
     """Run `command(*args)`: 0, or 2 after one line for a UserError, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than we print
     try:
         command(*args)
     except UserError as error:
@@ -95,6 +98,18 @@ def number(kind, what, is_right):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return parse
+
+
+def usable_path(text):
+    """An argparse type: a Path, which need not exist, but which the system takes and the user may look into."""
+    path = Path(text).expanduser()
+    try:
+        if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used ({getattr(error, 'strerror', error)}): name "
+                                         "another path") from None
+    return path
 
 
 def check_name(kind, name, names, advice=""):
@@ -127,7 +142,7 @@ def write_whole(path, content):
     try:
         with writing(path):
             with open(partial, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -881,11 +896,15 @@ def make_folder(folder):
 
 
 def git_commit():
-    """The commit of this code, with -dirty if a tracked module differs from it; None outside a git checkout."""
+    """The commit of this code, with -dirty if a tracked module differs from it; None outside a checkout of its own."""
+    here = Path(__file__).resolve().parent
+
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return None  # this code was unpacked inside another project's checkout
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # copies of plugins are untracked
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -899,7 +918,7 @@ def main(argv=None):
     parser = Parser(prog="records.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["gather"], help="move finished runs into the tables of their folder, whole "
                                                             "or not at all; their weights and maps are deleted")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that the runs lie in")
+    parser.add_argument("folder", type=usable_path, metavar="FOLDER", help="the folder that the runs lie in")
     parser.add_argument("--keep-seed", nargs="+", type=int, default=[], metavar="N", dest="keep_seeds",
                         help="leave the runs of these seeds as folders, with weights and maps")
     args = parser.parse_args(argv)

@@ -350,7 +350,7 @@ def test_vit(name):
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_any_batch_size(name):
     """A model exported, as one graph, or traced at one batch size has the same logits at others."""
-    model, images, others = build_model(name).eval(), torch.randn(3, 1, 28, 28), torch.randn(5, 1, 28, 28)
+    model, images, others = build_model(name, depth=1).eval(), torch.randn(3, 1, 28, 28), torch.randn(5, 1, 28, 28)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
     for copied in (program.module(), torch.jit.trace(model, images)):
         for batch in (others, others[:1]):
@@ -460,33 +460,52 @@ def test_muon_by_hand():
     assert torch.equal(leaf, before)
 
 
+def test_muon_is_torchs():
+    """A step of Muon is that of torch.optim.Muon within its half precision."""
+    torch.manual_seed(0)
+    weights, gradient = torch.randn(64, 32), torch.randn(64, 32)
+    leaf = weights.flatten()[None].clone()
+    leaf.grad = gradient.flatten()[None].clone()
+    Muon(leaf, [(64, 32)], lr=torch.tensor(0.1), weight_decay=0.1).step()
+    parameter = torch.nn.Parameter(weights.clone())
+    parameter.grad = gradient
+    torch.optim.Muon([parameter], lr=0.1, weight_decay=0.1).step()
+    moved, expected = leaf.view(64, 32) - 0.99 * weights, parameter.detach() - 0.99 * weights
+    assert (moved - expected).norm() < 0.03 * expected.norm()
+
+
 def test_muon_with_adamw_is_one_optimizer():
     """Muon that holds an AdamW steps both, each by its own rule, and its state can be saved and loaded as a whole."""
     torch.manual_seed(0)
-    start, gradients = [torch.randn(2, 12), torch.randn(2, 5)], [torch.randn(2, 17) for _ in range(3)]
+    matrix, rest, gradients = torch.randn(2, 12), torch.randn(2, 5), [torch.randn(2, 17) for _ in range(3)]
 
-    def make(values):
-        matrix, rest = (value.clone() for value in values)
-        adamw = torch.optim.AdamW([rest], lr=0.01, weight_decay=0.2)
-        return [matrix, rest], Muon(matrix, [(3, 4)], 0.02, 0.1, adamw=adamw)
+    def make():
+        leaves = [matrix.clone(), rest.clone()]
+        adamw = torch.optim.AdamW([leaves[1]], lr=0.01, weight_decay=0.2)
+        return leaves, Muon(leaves[0], [(3, 4)], 0.02, 0.1, adamw=adamw)
 
-    def take_steps(leaves, optimizer, gradients):
-        for gradient in gradients:
-            leaves[0].grad, leaves[1].grad = gradient.split([12, 5], dim=1)
-            optimizer.step()
+    def step(leaves, optimizer, gradient):
+        leaves[0].grad, leaves[1].grad = gradient.split([12, 5], dim=1)
+        optimizer.step()
 
-    leaves, optimizer = make(start)
+    leaves, optimizer = make()
     assert all(group["params"][0] is leaf for group, leaf in zip(optimizer.param_groups, leaves, strict=True))
-    take_steps(leaves, optimizer, gradients[:2])
-    others, resumed = make(leaves)
+    for gradient in gradients[:2]:
+        step(leaves, optimizer, gradient)
+    others, resumed = make()
+    for leaf, other in zip(leaves, others):
+        other.copy_(leaf)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    take_steps(leaves, optimizer, gradients[2:])
-    take_steps(others, resumed, gradients[2:])
+    step(leaves, optimizer, gradients[2])
+    step(others, resumed, gradients[2])
     assert all(torch.equal(leaf, other) for leaf, other in zip(leaves, others))
-    alone = start[1].clone()
-    take_steps([start[0], alone], torch.optim.AdamW([alone], lr=0.01, weight_decay=0.2), gradients)
+    alone = rest.clone()
+    adamw = torch.optim.AdamW([alone], lr=0.01, weight_decay=0.2)
+    for gradient in gradients:
+        alone.grad = gradient[:, 12:]
+        adamw.step()
     torch.testing.assert_close(leaves[1], alone)
-    expected = muon_by_hand(start[0][1].view(3, 4).double(),
+    expected = muon_by_hand(matrix[1].view(3, 4).double(),
                             [gradient[1, :12].view(3, 4).double() for gradient in gradients], 0.02, 0.1)
     torch.testing.assert_close(leaves[0][1].view(3, 4).double(), expected, rtol=0, atol=1e-4)
 

@@ -61,7 +61,7 @@ def make_model(settings):
     dataset = data.DATASETS[settings["dataset"]]
     torch.manual_seed(settings["seed"])
     return build_model(settings["model"], image_size=dataset["image_size"], in_channels=dataset["in_channels"],
-                       num_classes=data.NUM_CLASSES, **{name: settings[name] for name in records.MODEL_SETTINGS})
+                       num_classes=dataset["num_classes"], **{name: settings[name] for name in records.MODEL_SETTINGS})
 
 
 def load_model(folder, settings, device):
@@ -201,13 +201,17 @@ def measure_attention(model, split, settings):
 
 @torch.inference_mode()
 def picture_attention(model, split, settings):
-    """The arrays of attention.npz, of the first image of each of the first eight classes: images (8, C, H, W) in bytes,
-    labels (8,), and for each block map_0, map_1, ... (8, H, N, N) in float16."""
+    """The arrays of attention.npz, of the first image of each of the first eight classes, or of fewer where the split
+    has fewer: images (8, C, H, W) in bytes, labels (8,), and for each block map_0, map_1, ... (8, H, N, N) in float16.
+    """
     model.eval()
-    _, pixels = next(data.evaluation_pixels(split, settings))
-    first = [(split.labels[:len(pixels)] == label).nonzero()[0].item() for label in range(8)]
-    maps = model.attention_maps(data.normalize(pixels[first], settings["dataset"]))
-    return dict(images=pixels[first].byte().cpu().numpy(), labels=split.labels[first].cpu().numpy(),
+    places = [(split.labels == label).nonzero()[0].item() for label in split.labels.unique()[:8]]
+    batches = itertools.islice(data.evaluation_pixels(split, settings), max(places) // data.EVALUATION_BATCH + 1)
+    found = {place: pixels[place - first] for first, pixels in batches for place in places
+             if first <= place < first + len(pixels)}
+    pixels = torch.stack([found[place] for place in places])
+    maps = model.attention_maps(data.normalize(pixels, settings["dataset"]))
+    return dict(images=pixels.byte().cpu().numpy(), labels=split.labels[places].cpu().numpy(),
                 **{f"map_{block}": attention_map.half().cpu().numpy() for block, attention_map in enumerate(maps)})
 
 
@@ -243,6 +247,7 @@ def analyse_run(folder, device, data_dir):
         records.check(set(records.SETTINGS) <= set(settings), "a setting is missing")
     records.check_name("model", settings["model"], MODELS)
     records.check_name("data set", settings["dataset"], data.DATASETS)
+    data.complete_row(settings["dataset"], data_dir)
     model = load_model(folder, settings, device)
     check_maps(model, settings["model"])
     split = data.load_splits(settings["dataset"], data_dir, device)["test"]

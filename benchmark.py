@@ -102,7 +102,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
             relative_to_one_seed=relative, images_per_second=images_per_second,
             epoch_seconds=row["seeds"] * train.training_size(row["dataset"]) / images_per_second,
-            evaluation_images_per_second=data.VALIDATION_SIZE / statistics.median(evaluation),
+            evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(evaluation),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
     return rows
 

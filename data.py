@@ -2,16 +2,20 @@
 
 Pixels in, pixels out: a whole split lives on the device in bytes, and batches are cut, augmented and normalised there.
 All random numbers are drawn on the CPU from seeds of their own, so that they are the same on every device.
+A data set of one's own is a row of DATASETS with `load`, a function of the data folder: see complete_row.
 """
 
 import functools
 import itertools
 import math
+import os
 import struct
 import zlib
 from collections import namedtuple
+from http.client import HTTPException
 from pathlib import Path
 
+import numpy
 import torch
 from torch.nn import functional as F
 
@@ -31,17 +35,18 @@ CLUTTER = dict(epochs=20, batch_size=128, lr=3e-3, muon_lr=1e-2, weight_decay=0.
                rotation=0.0, scale=0.0, shear=0.0, shift=0.0)
 DATASETS = {
     "mnist": dict(
-        source="MNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1307], std=[0.3081],
-        defaults=DIGITS),
+        source="MNIST", num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000),
+        mean=[0.1307], std=[0.3081], defaults=DIGITS),
     "fashionmnist": dict(
-        source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
+        source="FashionMNIST", num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000),
+        mean=[0.2860], std=[0.3530],
         defaults=dict(epochs=30, batch_size=256, lr=6e-3, muon_lr=8e-3, weight_decay=0.1, patch_size=7, distractors=0,
                       rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True)),
     "kmnist": dict(
-        source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
-        defaults=DIGITS),
+        source="KMNIST", num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000),
+        mean=[0.1918], std=[0.3483], defaults=DIGITS),
     "cifar10": dict(
-        source="CIFAR10", image_size=32, in_channels=3, sizes=(50_000, 10_000),
+        source="CIFAR10", num_classes=10, image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
         defaults=dict(epochs=30, batch_size=128, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
                       rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True)),
@@ -49,8 +54,7 @@ DATASETS = {
 DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(
     image_size=60, object_size=28, mean=[mean], std=[std], defaults=DATASETS[name]["defaults"] | CLUTTER)
     for name, mean, std in [("mnist", 0.0430, 0.1876), ("fashionmnist", 0.0879, 0.2391)]}
-NUM_CLASSES = 10
-VALIDATION_SIZE = 5_000
+VALIDATION_SIZE = 5_000  # or a tenth of the training archive, where that is less
 EVALUATION_BATCH = 1_000
 FRAGMENT = 8  # pixels a side of a distractor on a canvas
 AUGMENTATION_DRAWS = 7  # random numbers an image
@@ -81,30 +85,38 @@ def load_splits(name, data_dir, device):
     """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}. Of a cluttered data set
     these are the images that are put on canvases.
 
-    The 5,000 validation images are drawn from the training archive by a generator of fixed seed: the same for every
-    model and seed.
+    The validation images are drawn from the training archive by a generator of fixed seed: the same for every model
+    and seed.
 
     Raises:
-        UserError: if the data are missing and cannot be downloaded, or a file is not the original.
+        UserError: if the data are missing and cannot be downloaded, or a file is not the original; of a data set of
+            one's own as complete_row.
     """
-    import torchvision
-    source = getattr(torchvision.datasets, DATASETS[name]["source"])
-    extract(name, source, data_dir)
+    complete_row(name, data_dir)
+    load = DATASETS[name].get("load")
+    archive, test = read_arrays(name, load, data_dir) if load else read_archives(name, data_dir)
+    order = torch.randperm(len(archive.labels), generator=torch.Generator().manual_seed(0))
+    val, train = order.tensor_split([validation_size(name)])
+    splits = {"train": [part[train] for part in archive], "val": [part[val] for part in archive], "test": test}
+    return {part: Split(*(tensor.to(device) for tensor in split)) for part, split in splits.items()}
 
-    def read(train):
+
+def validation_size(name):
+    """How many images of the training archive are the validation split: 5,000, or a tenth where that is less."""
+    return min(VALIDATION_SIZE, DATASETS[name]["sizes"][0] // 10)
+
+
+def read_archives(name, data_dir):
+    """The training and the test archive that torchvision has of a data set: two Splits."""
+    import torchvision
+    source, archives = getattr(torchvision.datasets, DATASETS[name]["source"]), []
+    extract(name, source, data_dir)
+    for train in (True, False):
         archive = source(data_dir, train=train)
         images = torch.as_tensor(archive.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)  # (N, C, H, W)
-        return images.contiguous(), torch.as_tensor(archive.targets)
-
-    def split(images, labels):
-        return Split(images.to(device), labels.to(device))
-
-    images, labels = read(train=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    val, train = order[:VALIDATION_SIZE], order[VALIDATION_SIZE:]
-    return {"train": split(images[train], labels[train]), "val": split(images[val], labels[val]),
-            "test": split(*read(train=False))}
+        archives.append(Split(images.contiguous(), torch.as_tensor(archive.targets)))
+    return archives
 
 
 def extract(name, source, data_dir):
@@ -117,6 +129,10 @@ def extract(name, source, data_dir):
         folder, archives = data_dir / source.__name__ / "raw", dict(source.resources)
     else:
         folder, archives = data_dir, {source.filename: source.tgz_md5}
+    for place in (data_dir, folder):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise UserError(f"{name} is to be extracted, and {place} cannot be written to: give a --data-dir that can, "
+                            f"with {', '.join(archives)} in {Path('DIR', folder.relative_to(data_dir))}")
     with records.locked(data_dir, wait=True):  # of two commands started together, one extracts
         if check_extracted(name, source, data_dir):
             return
@@ -127,9 +143,13 @@ def extract(name, source, data_dir):
                                 "the original in its place, or run again with a network to download it")
         try:
             source(data_dir, download=True)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} is incomplete and could not be downloaded ({records.first_line(error)}): put "
-                            f"{', '.join(missing or archives)} into {folder}") from None
+        except (RuntimeError, OSError, HTTPException) as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[-1]  # the first names the file alone
+            if not missing:
+                raise UserError(f"{name} could not be extracted ({cause}): put that right, or give another --data-dir"
+                                ) from None
+            raise UserError(f"{name} is incomplete and could not be downloaded ({cause}): put {', '.join(missing)} "
+                            f"into {folder}") from None
         check_extracted(name, source, data_dir)
 
 
@@ -158,6 +178,94 @@ def is_idx(path, shape):
     header = struct.pack(f">{1 + len(shape)}i", 0x800 + len(shape), *shape)
     with open(path, "rb") as file:
         return file.read(len(header)) == header and path.stat().st_size == len(header) + math.prod(shape)
+
+
+# A data set of one's own.
+
+def complete_row(name, data_dir):
+    """Fill in a row of DATASETS that has `load`, from its arrays; the others are complete.
+
+        DATASETS["mydata"] = dict(load=load, defaults=dict(epochs=10, patch_size=8))
+
+    load: a function of the data folder, a Path, that returns train_images, train_labels, test_images, test_labels:
+        uint8 (N, H, W) or (N, H, W, C), square and of 1 or 3 channels, and integers (N,) that number the classes from
+        0; numpy arrays, tensors or lists. At least 10 are for training, of which a tenth, at most 5,000, are the
+        validation split.
+    defaults: of the flags whose default is not that of CIFAR-10; may be left out.
+
+    Raises:
+        UserError: if the arrays or the defaults are not like that, or a file cannot be read.
+    """
+    row, common = DATASETS[name], DATASETS["cifar10"]["defaults"]
+    if "load" not in row:
+        return
+    for flag in row.get("defaults", {}):
+        records.check_name(f"default of data set {name}", flag, common)
+    archive, test = read_arrays(name, row["load"], data_dir)
+    mean, std = pixel_moments(archive.images)
+    pixel_statistics.cache_clear()
+    row |= dict(num_classes=archive.labels.max().item() + 1, image_size=archive.images.shape[-1],
+                in_channels=archive.images.shape[1], sizes=(len(archive.labels), len(test.labels)), mean=mean, std=std,
+                defaults=common | row.get("defaults", {}))
+
+
+@functools.lru_cache(maxsize=1)  # a row is completed before the splits are made, and `load` may take minutes
+def read_arrays(name, load, data_dir):
+    """The training and the test archive of a data set of one's own: two Splits."""
+    try:
+        arrays = load(data_dir)
+    except OSError as error:
+        raise UserError(f"data set {name} cannot be read: {records.first_line(error)}") from None
+    try:
+        records.check(isinstance(arrays, (tuple, list)) and len(arrays) == 4,
+                      "load does not return train_images, train_labels, test_images, test_labels")
+        archive, test = convert_arrays("training", *arrays[:2]), convert_arrays("test", *arrays[2:])
+        check_archives(archive, test)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"data set {name}: {records.first_line(error)}") from None
+    return archive, test
+
+
+def convert_arrays(part, images, labels):
+    """Arrays of one's own as a Split; a ValueError or TypeError says what is wrong with them."""
+    images, labels = numpy.asarray(images), numpy.asarray(labels)
+    shape = images.shape
+    records.check(images.dtype == numpy.uint8, f"{part} images are {images.dtype}, not uint8")
+    records.check(len(shape) == 3 or len(shape) == 4 and shape[3] in (1, 3),
+                  f"{part} images are {shape}, not (N, H, W), nor (N, H, W, C) of 1 or 3 channels")
+    records.check(shape[1] == shape[2], f"{part} images are {shape[1]} high and {shape[2]} wide, not square")
+    records.check(images.size, f"there are no {part} images")
+    records.check(labels.dtype.kind in "iu" and labels.ndim == 1,
+                  f"{part} labels are {labels.dtype} {labels.shape}, not integers (N,)")
+    records.check(len(labels) == shape[0], f"there are {shape[0]} {part} images and {len(labels)} labels")
+    images = images.reshape(*shape[:3], -1).transpose(0, 3, 1, 2)  # (N, C, H, W)
+    return Split(*(torch.from_numpy(numpy.array(array, dtype, order="C"))
+                   for array, dtype in [(images, numpy.uint8), (labels, numpy.int64)]))
+
+
+def check_archives(archive, test):
+    """Raise a ValueError unless these are two archives of the same classes and of images of one size."""
+    shapes = [tuple(split.images.shape[1:]) for split in (archive, test)]
+    records.check(shapes[0] == shapes[1],
+                  "training images are {} and test images {} (C, H, W): all must be of one size".format(*shapes))
+    records.check(len(archive.labels) >= 10, f"there are {len(archive.labels)} training images, fewer than 10")
+    classes = set(archive.labels.tolist())
+    for label in (min(classes), test.labels.min().item()):
+        records.check(label >= 0, f"label {label} is negative")
+    missing = next(label for label in itertools.count() if label not in classes)
+    records.check(missing == len(classes), f"class {missing} has no training image: number the classes from 0")
+    records.check(missing > 1, "all training images are of one class")
+    label = test.labels.max().item()
+    records.check(label < missing, f"test label {label} is that of no training image")
+
+
+def pixel_moments(images):
+    """Mean and deviation of bytes (N, C, H, W), from 0 to 1: a list for each, one a channel."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+    shares, levels = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.double) / 255
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.tolist(), [value or 1.0 for value in std.tolist()]  # 1 for a channel of one value
 
 
 # Training batches.

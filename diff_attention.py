@@ -1,7 +1,8 @@
 """Differential attention: the difference of two softmax maps weighs the values, so that what both maps share cancels.
 
-The first four functions, up to `differential_attention`, are the mathematics alone and need nothing but torch: lift
-them out if they are all you want.
+The first five functions, up to `differential_attention`, are the mathematics alone and need nothing but torch: lift
+them out if they are all you want. Under autocast the products are in its precision, and all between them, softmax,
+lambda and the difference of two nearly equal maps, is in float32.
 `DiffAttention` is version 1 (Ye et al. 2024, "Differential Transformer", arXiv 2410.05258, equations 1 to 3);
 `DiffAttentionV2` is version 2 (Microsoft, January 2026, microsoft/unilm, Diff-Transformer-V2).
 """
@@ -12,25 +13,32 @@ import torch
 from torch import nn
 
 
+def widen(x):
+    """x in float32, or as it is where its own type is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def softmax_map(q, k):
-    """softmax(q k' / sqrt(d)), the rows of which sum to 1: q (..., M, d), k (..., N, d) -> (..., M, N)."""
-    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
+    """softmax(q k' / sqrt(d)), the rows of which sum to 1: q (..., M, d), k (..., N, d) -> (..., M, N), in float32 or
+    wider."""
+    # Autocast would see to that on CUDA, but not on a CPU, and not under torch.vmap, which takes softmax apart first.
+    return widen(q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
 
 
 def softmax_attention(q, k, v):
-    """softmax(q k' / sqrt(d)) v: q (B, H, M, d), k (B, H, N, d), v (B, H, N, e) -> (B, H, M, e).
+    """softmax(q k' / sqrt(d)) v: q (..., M, d), k (..., N, d), v (..., N, e) -> (..., M, e), of the type of v.
 
     Two plain products: at these sizes they beat the fused kernel on a CPU, and they can be mapped over seeds anywhere.
     """
-    return softmax_map(q, k) @ v
+    return softmax_map(q, k).type_as(v) @ v
 
 
 def differential_map(q, k, lam):
     """softmax(q1 k1' / sqrt(d)) - lam softmax(q2 k2' / sqrt(d)), the rows of which sum to 1 - lam.
 
-    Shapes as in `differential_attention`: q (B, 2H, M, d), k (B, 2H, N, d) -> (B, H, M, N).
+    Shapes as in `differential_attention`: q (..., 2H, M, d), k (..., 2H, N, d) -> (..., H, M, N), in float32 or wider.
     """
-    first, second = softmax_map(q, k).unflatten(1, (-1, 2)).unbind(2)  # (B, H, M, N) each
+    first, second = softmax_map(q, k).unflatten(-3, (-1, 2)).unbind(-3)  # (..., H, M, N) each
     return first - lam * second
 
 
@@ -40,14 +48,15 @@ def differential_attention(q, k, v, lam):
     The two branches of a head are adjacent: q1, k1 of head i are heads 2i of q and k, q2, k2 are heads 2i + 1.
 
     Args:
-        q, k: queries (B, 2H, M, d) and keys (B, 2H, N, d) of both branches; M is N, or less for fewer queries.
-        v: values, (B, H, N, e).
-        lam: the weight of the second branch, a scalar or (B, H, M, 1).
+        q, k: queries (..., 2H, M, d) and keys (..., 2H, N, d) of both branches; M is N, or less for fewer queries.
+        v: values, (..., H, N, e).
+        lam: the weight of the second branch, a scalar or (..., H, M, 1), of any type: float32 keeps it exact where q,
+            k and v are in half precision.
 
     Returns:
-        (B, H, M, e), neither normalised nor projected.
+        (..., H, M, e), neither normalised nor projected, of the type of v.
     """
-    return differential_map(q, k, lam) @ v
+    return differential_map(q, k, lam).type_as(v) @ v
 
 
 class SizeError(ValueError):
@@ -111,9 +120,8 @@ class DiffAttention(nn.Module):
 
     def lam(self):
         """lambda of equation 2, a scalar, in float32 or the parameters' own type where that is wider."""
-        wide = torch.promote_types(self.lambda_q1.dtype, torch.float32)
-        first = (self.lambda_q1.to(wide) * self.lambda_k1.to(wide)).sum().exp()
-        second = (self.lambda_q2.to(wide) * self.lambda_k2.to(wide)).sum().exp()
+        first = (widen(self.lambda_q1) * widen(self.lambda_k1)).sum().exp()
+        second = (widen(self.lambda_q2) * widen(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init
 
     def mean_lambda(self, x):
@@ -123,12 +131,12 @@ class DiffAttention(nn.Module):
     def attention_map(self, x):
         """The signed weights that multiply the values: x (B, N, dim) -> (B, H, N, N), rows sum to 1 - lambda."""
         q, k, _ = self.project(x)
-        return differential_map(q, k, self.lam().type_as(q))
+        return differential_map(q, k, self.lam())
 
     def forward(self, x, keep=None):
         """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
         q, k, v = self.project(x)
-        heads = differential_attention(q[:, :, :keep], k, v, self.lam().type_as(q))
+        heads = differential_attention(q[:, :, :keep], k, v, self.lam())
         heads = self.sub_norm(heads.type_as(self.sub_norm.weight))  # under autocast a norm is in float32
         return self.proj(merge_heads((1 - self.lambda_init) * heads))
 
@@ -167,8 +175,9 @@ class DiffAttentionV2(nn.Module):
         return split_heads(q, 2 * self.num_heads), k, split_heads(v, self.num_heads)
 
     def lam(self, x):
-        """sigmoid(lambda), the weight of the second branch for each token and head: x (B, N, dim) -> (B, H, N, 1)."""
-        return self.lambda_proj(x).sigmoid().mT.unsqueeze(-1)
+        """sigmoid(lambda), the weight of the second branch for each token and head: x (B, N, dim) -> (B, H, N, 1), in
+        float32 or wider."""
+        return widen(self.lambda_proj(x)).sigmoid().mT.unsqueeze(-1)
 
     def mean_lambda(self, x):
         """The weight of the second branch, a scalar: the mean over the tokens x (B, N, dim) and the heads."""

@@ -1,10 +1,12 @@
 """Claims about the pixels: archives, splits, augmentation, canvases, corruptions, on real MNIST and Fashion-MNIST."""
 
+import errno
 import functools
 import gzip
 import hashlib
 import itertools
 import math
+import os
 import pickle
 import shutil
 import tarfile
@@ -12,13 +14,17 @@ import threading
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.datasets import CIFAR10, MNIST
 
+import analysis
 import data
+import records
+import train
 from data import DATASETS, Split, load_splits
 from records import UserError
 
@@ -131,17 +137,18 @@ def test_normalization(name):
     assert abs(levels @ shares) < 1e-3 and abs(levels.square() @ shares - 1) < 2e-3
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "foreign", "alone"])
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"])
 def test_damaged_data(tmp_path, no_network, damage, file):
-    """A file that is cut short, empty or foreign is named, and nothing of the user's is changed."""
+    """A file that is cut short, empty or foreign, among others or alone extracted, is named, and nothing of the user's
+    is changed."""
     mnist()  # so that the original is extracted
     raw = link_archives(tmp_path)
-    if not file.endswith(".gz"):
-        for original in (HERE / "data/MNIST/raw").glob("*-ubyte"):
+    for original in (HERE / "data/MNIST/raw").glob(file if damage == "alone" else "*-ubyte"):
+        if not file.endswith(".gz"):
             (raw / original.name).symlink_to(original)
     content = (raw / file).read_bytes()
-    bad = {"cut short": content[:-1], "empty": b"", "foreign": bytes(len(content))}[damage]
+    bad = {"cut short": content[:-1], "empty": b"", "foreign": bytes(len(content)), "alone": b"mine"}[damage]
     (raw / file).unlink()
     (raw / file).write_bytes(bad)
     before = sorted(raw.iterdir())
@@ -149,20 +156,36 @@ def test_damaged_data(tmp_path, no_network, damage, file):
     assert sorted(raw.iterdir()) == before and (raw / file).read_bytes() == bad
 
 
-def test_extraction_leaves_the_rest_alone(tmp_path, no_network):
-    """Extracting what is missing overwrites no file that is there, and names one that is not the original."""
-    raw = link_archives(tmp_path)
-    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"mine")
-    assert str(raw / "t10k-labels-idx1-ubyte") in refusal("mnist", tmp_path)
-    assert (raw / "t10k-labels-idx1-ubyte").read_bytes() == b"mine"
-
-
 @pytest.mark.parametrize("dataset, archive, folder", [
     ("kmnist", "t10k-labels-idx1-ubyte.gz", "KMNIST/raw"), ("cifar10", "cifar-10-python.tar.gz", "")])
 def test_missing_data(tmp_path, no_network, dataset, archive, folder):
-    """Archives that are missing and cannot be downloaded are named, with the folder where they belong."""
+    """Archives that are missing and cannot be downloaded are named, with the cause and the folder where they belong."""
     error = refusal(dataset, tmp_path)
-    assert archive in error and str(tmp_path / folder) in error
+    assert archive in error and str(tmp_path / folder) in error and "no network in tests" in error
+
+
+@pytest.mark.parametrize("place", [".", "MNIST/raw"])
+def test_read_only_archives(tmp_path, monkeypatch, place):
+    """Archives alone in a folder that cannot be written to are an error that asks for one that can."""
+    link_archives(tmp_path)
+    folder, access = tmp_path / place, os.access
+    folder.chmod(0o555)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))  # root may do anything
+    before = sorted(tmp_path.rglob("*"))
+    error = refusal("mnist", tmp_path)
+    assert f"{folder} cannot be written to" in error and "--data-dir" in error and "train-images-idx3-ubyte.gz" in error
+    assert sorted(tmp_path.rglob("*")) == before
+    folder.chmod(0o755)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """Archives that are there and cannot be extracted are an error that says why."""
+    def fill_up(dataset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    link_archives(tmp_path)
+    monkeypatch.setattr(MNIST, "download", fill_up)
+    assert "could not be extracted ([Errno 28] No space left on device)" in refusal("mnist", tmp_path)
 
 
 def test_cifar10(tmp_path, no_network, monkeypatch):
@@ -198,23 +221,118 @@ def test_cifar10(tmp_path, no_network, monkeypatch):
     assert CIFAR10.filename in refusal("cifar10", folder)
 
 
+# A data set of one's own.
+
+PLUGIN = """
+import numpy
+from data import DATASETS
+
+def load(folder):
+    with numpy.load(folder / "mine.npz") as arrays:
+        return [arrays[f"{part}_{kind}"] for part in ("train", "test") for kind in ("images", "labels")]
+
+DATASETS["mine"] = dict(load=load, defaults=dict(epochs=6, batch_size=20, lr=1e-2, patch_size=16))
+"""
+
+
+def own_arrays(size, channels=(3,)):
+    """Images as bright as their class, of three, sorted by class as a folder for each class has them."""
+    for count in (120, 30):
+        labels = numpy.arange(count) * 3 // count
+        noise = numpy.random.default_rng(count).integers(60, size=(count, size, size, *channels))
+        yield (noise + 63 * labels.reshape(-1, *[1] * (noise.ndim - 1))).astype(numpy.uint8)
+        yield labels.astype(numpy.uint8)
+
+
+@pytest.fixture
+def own_rows(monkeypatch):
+    """DATASETS, to which a test may add rows."""
+    monkeypatch.setattr(data, "DATASETS", dict(DATASETS))
+    return data.DATASETS
+
+
+def test_own_data_as_a_user_has_them(tmp_path, own_rows, monkeypatch, capsys):
+    """As a user does it: a plugin of ten lines makes a data set of an .npz file, on which a model is trained and
+    analysed, and analysed again with the plugin's copy alone."""
+    monkeypatch.setattr(data, "EVALUATION_BATCH", 20)  # so that the third class is not in the first
+    names = ["train_images", "train_labels", "test_images", "test_labels"]
+    numpy.savez(tmp_path / "mine.npz", **dict(zip(names, own_arrays(32))))
+    plugin, run = tmp_path / "my_data.py", tmp_path / "runs/mine-vitdiff-seed0"
+    plugin.write_text(PLUGIN)
+    flags = ["--device", "cpu", "--data-dir", str(tmp_path)]
+    training = ["--plugin", str(plugin), "--dataset", "mine", "--runs-dir", str(tmp_path / "runs"), *flags]
+    assert train.main(training) == 0
+    found = records.read_run(run)
+    assert found.summary["test_accuracy"] > 0.7 and found.settings["epochs"] == 6 and found.settings["shift"] == 4.0
+    assert found.maps[0].shape == (3, 3, 32, 32) and train.training_size("mine") == 108
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert train.main([*training, "--patch-size", "5", "--overwrite"]) == 2
+    assert "patch size 5 does not divide image size 32: choose one of [1, 2, 4, 8," in capsys.readouterr().err
+    train.make_parser().format_help()  # whose defaults are not those of the row
+    plugin.unlink()
+    del own_rows["mine"]
+    assert analysis.main([str(run), *flags]) == 0
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("channels, convert", [
+    ((), numpy.asarray), ((1,), torch.as_tensor), ((3,), lambda array: array[::-1])])
+def test_own_data(own_rows, channels, convert):
+    """Arrays or tensors of grey or colour images, with a list of labels, are split, counted and normalised."""
+    arrays = [convert(array) if array.ndim > 1 else convert(array).tolist() for array in own_arrays(8, channels)]
+    own_rows["own"] = row = dict(load=lambda folder: arrays)
+    splits, shape = load_splits("own", None, CPU), (*(channels or (1,)), 8, 8)
+    assert {part: tuple(split.images.shape) for part, split in splits.items()} == {
+        "train": (108, *shape), "val": (12, *shape), "test": (30, *shape)}
+    assert (row["num_classes"], row["in_channels"], row["image_size"]) == (3, shape[0], 8)
+    assert row["defaults"] == DATASETS["cifar10"]["defaults"]
+    for images, labels in splits.values():
+        assert torch.equal((images.double().mean((1, 2, 3)) / 63 - 0.47).round().long(), labels)
+    pixels = data.normalize(torch.cat([splits[part].images for part in ("train", "val")]).double(), "own")
+    assert pixels.mean((0, 2, 3)).abs().max() < 1e-6 and (pixels.square().mean((0, 2, 3)) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("places, change, words", [
+    ([0], lambda images: images / 255, "training images are float64, not uint8"),
+    ([2], lambda images: images.transpose(0, 3, 1, 2), "test images are (30, 3, 8, 8), not (N, H, W)"),
+    ([0], lambda images: images[:, :7], "7 high and 8 wide"), ([2], lambda images: images[:, :7, :7], "(3, 7, 7)"),
+    ([2], lambda images: images[:0], "no test images"), ([0], lambda images: images[1:], "119 training images and 120"),
+    ([0, 1], lambda array: array[-9:], "9 training images"), ([0], lambda images: [[1], [2, 3]], "mine: "),
+    ([1], lambda labels: labels[:, None], "uint8 (120, 1), not integers (N,)"), ([3], lambda labels: labels / 1., "f"),
+    ([3], lambda labels: labels.astype(int) - 1, "label -1 is negative"), ([1], lambda labels: 0 * labels, "one class"),
+    ([1], lambda labels: labels + 1, "class 0 has no training image"), ([3], lambda labels: labels + 1, "label 3 is")])
+def test_bad_own_data(own_rows, places, change, words):
+    """Arrays that are no data set are one line that says why."""
+    arrays = list(own_arrays(8))
+    for place in places:
+        arrays[place] = change(arrays[place])
+    own_rows["mine"] = dict(load=lambda folder: arrays)
+    assert words in refusal("mine", None)
+
+
+@pytest.mark.parametrize("row, words", [
+    (dict(load=lambda folder: None), "load does not return train_images, train_labels, test_images, test_labels"),
+    (dict(load=lambda folder: open(folder / "mine.npz")), "mine.npz"),
+    (dict(load=lambda folder: None, defaults=dict(epoch=3)), "epochs?")])
+def test_bad_own_rows(tmp_path, own_rows, row, words):
+    """A function that returns something else or cannot read its file, and a default of no flag, are one line."""
+    own_rows["mine"] = row
+    assert words in refusal("mine", tmp_path)
+
+
 # Augmentation.
 
 def augmentation(**strengths):
     return dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False) | strengths
 
 
-def test_no_augmentation():
-    """Augmentation of strength zero, and draws of zero, change nothing."""
-    pixels, draws = mnist()["train"].images[:8].float(), 2 * torch.rand(8, 7) - 1
-    assert torch.equal(data.augment(pixels, draws, augmentation()), pixels)
-    still = data.augment(pixels, torch.zeros(8, 7), augmentation(rotation=12.0, scale=0.12, shear=0.12, shift=2.5))
-    torch.testing.assert_close(still, pixels, rtol=0, atol=1e-3)
-
-
 def test_each_strength():
-    """Rotation turns, shift moves, flip mirrors, scale widens and shear slants by as much as they say."""
+    """Rotation turns, shift moves, flip mirrors, scale widens and shear slants by as much as they say; strengths of
+    zero, and draws of zero, change nothing."""
     pixels = mnist()["train"].images[:3].float()
+    assert torch.equal(data.augment(pixels, torch.ones(3, 7), augmentation()), pixels)
+    still = data.augment(pixels, torch.zeros(3, 7), augmentation(rotation=12.0, scale=0.12, shear=0.12, shift=2.5))
+    torch.testing.assert_close(still, pixels, rtol=0, atol=1e-3)
     extreme = {name: torch.zeros(3, 7) for name in ("rotation", "shift", "flip", "scale", "shear")}
     extreme["rotation"][:, 0] = extreme["shift"][:, 4] = extreme["scale"][:, 1] = extreme["shear"][:, 3] = 1
     extreme["flip"][:, 6] = torch.tensor([-0.5, 0.5, -0.1])
@@ -241,15 +359,6 @@ def test_each_strength():
     torch.testing.assert_close(lowered[:, :, :-3], pixels[:, :, 3:], rtol=0, atol=1e-2)
 
 
-def test_default_augmentation():
-    """The default augmentation is small, and each image has its own."""
-    pixels = mnist()["train"].images[:1].float().expand(64, -1, -1, -1)
-    draws = 2 * torch.rand(64, 7, generator=torch.Generator().manual_seed(0)) - 1
-    drawn = data.augment(pixels, draws, settings_of("mnist"))
-    assert len({image.numpy().tobytes() for image in drawn}) == 64
-    assert (drawn.sum((1, 2, 3)) / pixels.sum((1, 2, 3)) - 1).abs().max() < 0.35  # ink stays on the canvas
-
-
 def test_augmentation_keeps_images_sharp():
     """After a shift by half a pixel the contrast of neighbours is 0.88 of what it was, where bilinear interpolation
     leaves 0.79, and pixels stay in range."""
@@ -262,11 +371,13 @@ def test_augmentation_keeps_images_sharp():
 
 # Training batches.
 
-def test_epochs():
-    """Order and draws depend on seed and epoch alone, each epoch has every image once, and draws fill -1 to 1."""
-    split, settings = cut(mnist()["train"], 300), settings_of("mnist")
+@pytest.mark.parametrize("dataset, width", [("mnist", 7), ("clutteredmnist", 7 + 2 + 5 * 4)])
+def test_epochs(dataset, width):
+    """Order and draws, and so images and canvases, depend on seed and epoch alone, each epoch has every image once,
+    and draws fill -1 to 1."""
+    split, settings = cut(mnist()["train"], 300), settings_of(dataset)
     order, draws = data.draw_epoch([3, 4294967295], 2, split, settings)
-    assert order.shape == (2, 300) and draws.shape == (2, 300, 7)
+    assert order.shape == (2, 300) and draws.shape == (2, 300, width)
     assert order.sort().values.tolist() == [list(range(300))] * 2
     torch.rand(5)  # the global generator plays no part
     again_order, again_draws = data.draw_epoch([4294967295], 2, split, settings)
@@ -289,22 +400,11 @@ def test_batches():
         alone = data.augment(split.images[number:number + 1].float(), draws[seed, place:place + 1], settings)
         torch.testing.assert_close(images[seed, place], (alone[0] / 255 - 0.1307) / 0.3081, rtol=0, atol=1e-5)
         assert labels[seed, place] == split.labels[number]
-
-
-def test_training_canvases():
-    """Canvases depend on seed and epoch alone, and are new in every epoch."""
-    settings, split = settings_of("clutteredmnist"), cut(mnist()["train"], 300)
-
-    def canvases(seeds, epoch, i=0):
-        order, draws = data.draw_epoch(seeds, epoch, split, settings)
-        pixels = data.training_pixels(split, order[i], draws[i], settings)
-        return pixels[order[i].argsort()]  # in the order of the split
-
-    first = canvases([0], 1)
-    assert first.shape == (300, 1, 60, 60)
-    assert torch.equal(first, canvases([0], 1)) and torch.equal(first, canvases([3, 0], 1, i=1))
-    for other in (canvases([0], 2), canvases([1], 1)):
-        assert all(not torch.equal(one, another) for one, another in zip(first, other))
+    settings = settings_of("clutteredmnist")
+    epochs = [data.draw_epoch([0], epoch, split, settings) for epoch in (1, 1, 2)]
+    canvases = [data.get_batch(split, *epoch, settings)[0] for epoch in epochs]
+    assert canvases[0].shape == (1, 300, 1, 60, 60)
+    assert torch.equal(canvases[0], canvases[1]) and not torch.equal(canvases[0], canvases[2])
 
 
 # Canvases.

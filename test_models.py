@@ -7,15 +7,18 @@ Formulas are written out here in plain loops and float64.
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import records
 import vit
-from diff_attention import DiffAttention, DiffAttentionV2, SizeError, differential_attention
+from diff_attention import DiffAttention, DiffAttentionV2, SizeError, differential_attention, differential_map
 from muon import Muon, group_parameters
 from vit import MODELS, SelfAttention, ViT, build_model
 
@@ -31,6 +34,10 @@ def randomize(module):
     return module
 
 
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def linear(weights, name, x):
     y = x @ weights[f"{name}.weight"].T
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
@@ -43,49 +50,55 @@ def softmax(scores):
 
 # The formulas, head by head.
 
+def softmax_maps(q, k, d):
+    """softmax(q k' / sqrt(d)) of each d columns of q and k: (B, N, h d) -> h maps (B, N, N)."""
+    return [softmax(a @ b.mT / math.sqrt(d)) for a, b in zip(q.split(d, -1), k.split(d, -1), strict=True)]
+
+
+def mix(maps, v):
+    """What each head adds up: its map times its columns of v (B, N, h e) -> h outputs (B, N, e)."""
+    return [of_head @ part for of_head, part in zip(maps, v.chunk(len(maps), -1), strict=True)]
+
+
+def rms_norm(x, scale):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * scale
+
+
 def self_by_hand(weights, x, heads):
-    q, k, v = linear(weights, "qkv", x).split(x.shape[-1], -1)
-    d = x.shape[-1] // heads
-    maps, outs = [], []
-    for h in range(heads):
-        part = slice(h * d, (h + 1) * d)
-        maps.append(softmax(q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)))
-        outs.append(maps[-1] @ v[..., part])
-    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1))
+    q, k, v = linear(weights, "qkv", x).chunk(3, -1)
+    maps = softmax_maps(q, k, x.shape[-1] // heads)
+    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(mix(maps, v), -1))
 
 
-def v1_by_hand(weights, x, heads, d, depth, sign=-1):
-    """Equations 1 to 3 of arXiv 2410.05258, where the layer index l counts from 1 and the sign of lambda is -."""
-    dim = x.shape[-1]
-    q, k, v = linear(weights, "qkv", x).split([2 * heads * d, 2 * heads * d, dim], -1)
-    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * ((depth + 1) - 1))
+def lambda_by_hand(weights, depth):
+    """lambda and lambda_init, equations 2 and 3 of arXiv 2410.05258, where the layer index l counts from 1."""
     dots = [sum(a * b for a, b in zip(weights[f"lambda_q{i}"].tolist(), weights[f"lambda_k{i}"].tolist()))
             for i in (1, 2)]
-    lam = math.exp(dots[0]) - math.exp(dots[1]) + lambda_init
-    e = dim // heads
-    maps, outs = [], []
-    for h in range(heads):
-        a1, a2 = (softmax(q[..., b * d:(b + 1) * d] @ k[..., b * d:(b + 1) * d].transpose(1, 2) / math.sqrt(d))
-                  for b in (2 * h, 2 * h + 1))
-        maps.append(a1 + sign * lam * a2)
-        out = maps[-1] @ v[..., h * e:(h + 1) * e]
-        out = out / (out.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["sub_norm.weight"]
-        outs.append((1 - lambda_init) * out)
+    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * ((depth + 1) - 1))
+    return math.exp(dots[0]) - math.exp(dots[1]) + lambda_init, lambda_init
+
+
+def v1_by_hand(weights, x, heads, d, depth, sign=-1, scale=None):
+    """Equation 1 of arXiv 2410.05258, where the sign of lambda is -; scale: of the norm, where it has no weight."""
+    q, k, v = linear(weights, "qkv", x).split([2 * heads * d, 2 * heads * d, x.shape[-1]], -1)
+    (lam, lambda_init), each = lambda_by_hand(weights, depth), softmax_maps(q, k, d)
+    maps = [first + sign * lam * second for first, second in zip(each[::2], each[1::2])]
+    outs = [(1 - lambda_init) * rms_norm(out, weights["sub_norm.weight"]) if scale is None else scale * out
+            for out in mix(maps, v)]
     return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1)), lam
 
 
-def v2_by_hand(weights, x, heads):
+def v2_by_hand(weights, x, heads, sign=-1, scaled=False):
+    """Version 2, where the sign of sigmoid(lambda) is -; scaled: so that the rows sum to 1 - sigmoid(lambda)."""
     dim = x.shape[-1]
     d = dim // heads
     q, k, v = linear(weights, "qkv", x).split([2 * dim, dim, dim], -1)
     lam = 1 / (1 + (-linear(weights, "lambda_proj", x)).exp())  # (B, N, heads)
-    maps, outs = [], []
-    for h in range(heads):
-        key = k[..., h * d:(h + 1) * d].transpose(1, 2)
-        a1, a2 = (softmax(q[..., b * d:(b + 1) * d] @ key / math.sqrt(d)) for b in (2 * h, 2 * h + 1))
-        maps.append(a1 - lam[..., h, None] * a2)
-        outs.append(maps[-1] @ v[..., h * d:(h + 1) * d])
-    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(outs, -1)), lam
+    each = softmax_maps(q, torch.cat([part for part in k.split(d, -1) for _ in (1, 2)], -1), d)
+    maps = [first + sign * lam[..., h, None] * second for h, (first, second) in enumerate(zip(each[::2], each[1::2]))]
+    if scaled:
+        maps = [(1 - lam[..., h, None]) * of_head / of_head.sum(-1, keepdim=True) for h, of_head in enumerate(maps)]
+    return torch.stack(maps, 1), linear(weights, "proj", torch.cat(mix(maps, v), -1)), lam
 
 
 def attention_cases():
@@ -105,63 +118,81 @@ def attention_cases():
         yield attn, x, maps, out, 1 - lam.transpose(1, 2)
 
 
+def assert_computes(attn, x, out, maps=None):
+    """The attention of tokens x is `out`, also of the first tokens alone, and its map `maps`."""
+    torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
+    if maps is not None:
+        torch.testing.assert_close(attn(x, keep=2), out[:, :2], rtol=0, atol=1e-12)
+        torch.testing.assert_close(attn.attention_map(x), maps, rtol=0, atol=1e-12)
+    if hasattr(attn, "mean_lambda"):
+        lam = 1 - attn.attention_map(x).sum(-1).mean()
+        torch.testing.assert_close(attn.mean_lambda(x), lam, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("attn, x, maps, out, row_sums", list(attention_cases()))
 def test_formula(attn, x, maps, out, row_sums):
     """Each attention, its map and the sums of the map's rows are those of the papers to 1e-12."""
-    torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(attn.attention_map(x), maps, rtol=0, atol=1e-12)
+    assert_computes(attn, x, out, maps)
     torch.testing.assert_close(attn.attention_map(x).sum(-1), row_sums, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("attn, x, maps, out, row_sums", list(attention_cases()))
-def test_map_times_values(attn, x, maps, out, row_sums):
-    """The map times the values, through what follows in the module, is the module's output."""
-    heads = attn.attention_map(x) @ attn.qkv(x)[..., -24:].unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    if hasattr(attn, "sub_norm"):
-        heads = (1 - attn.lambda_init) * attn.sub_norm(heads)
-    torch.testing.assert_close(attn.proj(heads.transpose(1, 2).flatten(2)), attn(x), rtol=0, atol=1e-12)
-
-
-def test_functional_core():
-    """differential_attention is equation 1 for a lambda that is a number, a tensor, or one for each token and head."""
+@pytest.mark.parametrize("leading", [[], [2], [4, 2]])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
+def test_functional_core(leading, dtype, atol):
+    """differential_attention is equation 1 for any leading dimensions and for a lambda that is a number, a tensor, or
+    one for each token and head. Half-precision q, k and v take a float32 lambda and get float32 maps."""
     torch.manual_seed(1)
-    q, k, v = torch.randn(2, 6, 5, 4).double(), torch.randn(2, 6, 5, 4).double(), torch.randn(2, 3, 5, 8).double()
-    for lam in (0.7, torch.tensor(0.7).double(), torch.rand(2, 3, 5, 1).double()):
-        expected = torch.stack([
-            (softmax(q[:, 2 * h] @ k[:, 2 * h].transpose(1, 2) / 2)
-             - (lam[:, h] if torch.is_tensor(lam) and lam.ndim else lam)
-             * softmax(q[:, 2 * h + 1] @ k[:, 2 * h + 1].transpose(1, 2) / 2)) @ v[:, h] for h in range(3)], 1)
-        torch.testing.assert_close(differential_attention(q, k, v, lam), expected, rtol=0, atol=1e-12)
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = (torch.randn(*leading, heads, 5, d).to(dtype) for heads, d in ((6, 4), (6, 4), (3, 8)))
+    each = softmax(q.double() @ k.double().mT / 2)
+    first, second = each[..., ::2, :, :], each[..., 1::2, :, :]
+    for lam in (0.7, torch.tensor(0.7, dtype=wide), torch.rand([*leading, 3, 5, 1], dtype=wide)):
+        out = differential_attention(q, k, v, lam)
+        assert out.dtype == dtype and differential_map(q, k, lam).dtype == wide
+        torch.testing.assert_close(out.double(), (first - lam * second) @ v.double(), rtol=0, atol=atol)
 
 
-def test_lambda_is_float32():
+class Types(TorchDispatchMode):
+    """What each operation returned, and what was a scalar: {name: {dtypes}}."""
+
+    def __enter__(self):
+        self.found = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            for key in (function.overloadpacket.__name__, "scalar")[:1 if out.ndim else 2]:
+                self.found.setdefault(key, set()).add(out.dtype)
+        return out
+
+
+def test_half_precision_lambda():
     """The lambda of a half-precision module is computed in float32."""
     attn = DiffAttention(32, 1, depth=1).bfloat16()
-    vectors = [getattr(attn, f"lambda_{name}").float() for name in ("q1", "k1", "q2", "k2")]
-    expected = (vectors[0] @ vectors[1]).exp() - (vectors[2] @ vectors[3]).exp() + attn.lambda_init
-    assert attn.lam().dtype == torch.float32
-    torch.testing.assert_close(attn.lam(), expected, rtol=1e-6, atol=0)
+    expected, _ = lambda_by_hand(attn.state_dict(), depth=1)
+    assert attn.lam().dtype == torch.float32 and attn.lam().item() == pytest.approx(expected, rel=1e-6)
+    assert attn(torch.randn(2, 5, 32).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("attn", [SelfAttention(24, 2), DiffAttention(24, 3, depth=1), DiffAttentionV2(24, 2)])
-def test_keep(attn):
-    """The first tokens computed alone are what they are among all."""
-    torch.manual_seed(0)
-    attn, x = randomize(attn), torch.randn(3, 7, 24).double()
-    torch.testing.assert_close(attn(x, keep=2), attn(x)[:, :2], rtol=0, atol=1e-12)
-
-
-def test_keep_is_optional():
-    """An attention whose forward has no `keep` makes the same model."""
-    class Plain(SelfAttention):
-        def forward(self, x):
-            return super().forward(x)
-
-    torch.manual_seed(0)
-    plain, images = randomize(ViT(attention=Plain)), torch.randn(4, 1, 28, 28).double()
-    keeping = randomize(ViT())
-    keeping.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(plain(images), keeping(images), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_precision(name, seeds):
+    """Under autocast products are in half precision, and softmax, lambda and the difference of maps in float32, in a
+    single model and in a stack, on a device where autocast has no rule for them."""
+    model, images = build_model(name), torch.randn(seeds, 2, 1, 28, 28)
+    weights = {key: parameter.detach().expand(seeds, *parameter.shape) for key, parameter in model.named_parameters()}
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.zeros(2, dtype=torch.bfloat16).softmax(0).dtype == torch.bfloat16  # no rule here
+        with Types() as types:
+            if seeds == 1:
+                model(images[0])
+            else:
+                torch.vmap(functional_call, in_dims=(None, 0, 0), randomness="different")(model, weights, images)
+    assert types.found.get("mm", set()) | types.found["bmm"] == {torch.bfloat16}
+    of_lambda = ["sigmoid"] if name == "vitdiffv2" else ["exp", "scalar"][:2 if seeds == 1 else 1]
+    for operation in ["_softmax", "sub", *of_lambda] if "diff" in name else ["_softmax"]:
+        assert types.found[operation] == {torch.float32}, operation
 
 
 # The controls, each one change away from one of these.
@@ -170,46 +201,56 @@ CONTROLS = {  # {plugin: {name: parameters}}
     "plugin.py": {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162,
                   "vitheadnorm": 33_066, "vitdiffnonorm": 37_258},
     "sums/plugin.py": {"vitdiffsum": 37_290, "vitsumscaled": 35_210},
-    "sums/kept.py": {"vitdiffabs": 37_290}}
+    "sums/kept.py": {"vitdiffabs": 37_290},
+    "../faults/attention/plugin.py": {"vitdifftokennorm": 37_386, "vitdiffnovember": 37_274}}
 
 
 def control_by_hand(name, weights, x, depth):
-    """The maps and the output of a control's attention with tokens x (B, N, 32), from its state dict."""
-    heads = 4 if name == "vitheads" else 2
-    maps, out = self_by_hand(weights, x, heads) if weights["qkv.weight"].shape[0] == 96 else (None, None)
+    """The maps (or None) and the output of a control's attention with tokens x (B, N, 32), from its state dict."""
+    if name in ("vitdifftokennorm", "vitdiffnovember"):
+        return None, faulty_by_hand(weights, x, depth, november=name == "vitdiffnovember")
     if name in ("vitheads", "vitmatched"):
-        return maps, out
-    if name in ("vitdiffsum", "vitdiffabs"):
-        sign = math.copysign(1, v1_by_hand(weights, x, 2, 16, depth)[2]) if name == "vitdiffabs" else 1
-        return v1_by_hand(weights, x, 2, 16, depth, sign)[:2]
-    if "lambda_proj.weight" in weights:
-        s = torch.sigmoid(x @ weights["lambda_proj.weight"].T).transpose(1, 2)[..., None]
+        return self_by_hand(weights, x, 4 if name == "vitheads" else 2)
+    if name in ("vitdiffsum", "vitdiffabs", "vitdiffnonorm"):
+        lam, _ = lambda_by_hand(weights, depth)
+        sign = {"vitdiffsum": 1, "vitdiffabs": math.copysign(1, lam), "vitdiffnonorm": -1}[name]
+        return v1_by_hand(weights, x, 2, 16, depth, sign, scale=1 if name == "vitdiffnonorm" else None)[:2]
     if name in ("vitsum", "vitsumscaled"):
-        q, k, _ = weights["qkv.weight"].split([64, 32, 32])
-        branches = [self_by_hand(weights | {"qkv.weight": torch.cat([
-            torch.cat([q[32 * h + 16 * b:32 * h + 16 * (b + 1)] for h in (0, 1)]), k, k])}, x, 2)[0] for b in (0, 1)]
-        maps = branches[0] + s * branches[1]
-    if name == "vitsumscaled":
-        maps = maps * (1 - s) / maps.sum(-1, keepdim=True)
+        return v2_by_hand(weights, x, 2, sign=1, scaled=name == "vitsumscaled")[:2]
+    maps, _ = self_by_hand(weights, x, 2)
     if name == "vitcentered":
-        maps = maps - s / x.shape[1]
-    if name == "vitdiffnonorm":
-        maps = v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[0]
-    values = [(x @ weights["qkv.weight"][-32:].T)[..., 16 * h:16 * (h + 1)] for h in (0, 1)]
-    outs = [maps[:, h] @ values[h] for h in (0, 1)]
+        maps = maps - torch.sigmoid(linear(weights, "lambda_proj", x)).transpose(1, 2)[..., None] / x.shape[1]
+    outs = mix(maps.unbind(1), linear(weights, "qkv", x)[..., -32:])
     if name == "vitheadnorm":
-        outs = [out / (out.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["sub_norm.weight"] for out in outs]
+        outs = [rms_norm(out, weights["sub_norm.weight"]) for out in outs]
     return maps, linear(weights, "proj", torch.cat(outs, -1))
+
+
+def faulty_by_hand(weights, x, depth, november):
+    """The output of a faulty attention with tokens x (B, N, 32): 2 heads of 2 branches of 16, groups of 8 channels."""
+    lam, lambda_init = (None, 0.8 - 0.6 * math.exp(-0.3 * (depth - 1))) if november else lambda_by_hand(weights, depth)
+    lambdas = [math.exp(weights["lambda_q1"][h] * weights["lambda_k1"][h])
+               - math.exp(weights["lambda_q2"][h] * weights["lambda_k2"][h]) + lambda_init
+               for h in (0, 1)] if november else [lam, lam]
+    q, k, v = linear(weights, "qkv", x).split([64, 64, 32], -1)
+    each = softmax_maps(q, k, 16)
+    outs = mix([each[2 * h] - lambdas[h] * each[2 * h + 1] for h in (0, 1)], v)
+    normed = torch.cat([(group - group.mean((1, 2), keepdim=True))
+                        / (group.var((1, 2), correction=0, keepdim=True) + 1e-5).sqrt()
+                        for group in torch.cat(outs, -1).split(8, -1)], -1)
+    normed = normed * weights["sub_norm.weight"] + weights["sub_norm.bias"]
+    return linear(weights, "proj", normed if november else (1 - lambda_init) * normed)
 
 
 @pytest.mark.parametrize("plugin, name", [(plugin, name) for plugin in CONTROLS for name in CONTROLS[plugin]])
 def test_controls(monkeypatch, plugin, name):
-    """Each control has the parameters that its file says, and its attention, map and first tokens are its formula's."""
+    """Each control, and each fault put back, has the parameters that its file says, and its attention, map and first
+    tokens are its formula's."""
     monkeypatch.setattr(vit, "MODELS", dict(MODELS))
     records.execute_plugin(Path(__file__).parent / "runs/controls" / plugin)
     assert set(vit.MODELS) - set(MODELS) == set(CONTROLS[plugin])
     model = build_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == CONTROLS[plugin][name]
+    assert count_parameters(model) == CONTROLS[plugin][name]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
     for depth, block in enumerate(model.blocks):
@@ -217,49 +258,8 @@ def test_controls(monkeypatch, plugin, name):
         if name == "vitdiffabs":
             assert (DiffAttention.lam(attn) < 0) == (depth == 0)  # lambda has both signs
         maps, out = control_by_hand(name, attn.state_dict(), x, depth)
-        torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
-        torch.testing.assert_close(attn(x, keep=2), out[:, :2], rtol=0, atol=1e-12)
-        torch.testing.assert_close(attn.attention_map(x), maps, rtol=0, atol=1e-12)
-        if hasattr(attn, "mean_lambda"):
-            torch.testing.assert_close(attn.mean_lambda(x), 1 - maps.sum(-1).mean(), rtol=0, atol=1e-12)
-
-
-def faulty_by_hand(weights, x, depth, november):
-    """The output of a faulty attention with tokens x (B, N, 32): 2 heads of 2 branches of 16, groups of 8 channels."""
-    if november:
-        lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (depth - 1))
-        lambdas = [math.exp(weights["lambda_q1"][h] * weights["lambda_k1"][h])
-                   - math.exp(weights["lambda_q2"][h] * weights["lambda_k2"][h]) + lambda_init for h in (0, 1)]
-    else:
-        lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
-        lambdas = [v1_by_hand(weights | {"sub_norm.weight": torch.ones(16)}, x, 2, 16, depth)[2]] * 2
-    q, k, v = linear(weights, "qkv", x).split([64, 64, 32], -1)
-    outs = []
-    for h, lam in enumerate(lambdas):
-        first, second = (softmax(q[..., 16 * b:16 * (b + 1)] @ k[..., 16 * b:16 * (b + 1)].transpose(1, 2) / 4)
-                         for b in (2 * h, 2 * h + 1))
-        outs.append((first - lam * second) @ v[..., 16 * h:16 * (h + 1)])
-    groups = torch.cat(outs, -1).split(8, -1)
-    normed = torch.cat([(group - group.mean((1, 2), keepdim=True))
-                        / (group.var((1, 2), correction=0, keepdim=True) + 1e-5).sqrt() for group in groups], -1)
-    normed = normed * weights["sub_norm.weight"] + weights["sub_norm.bias"]
-    return linear(weights, "proj", normed if november else (1 - lambda_init) * normed)
-
-
-@pytest.mark.parametrize("name, parameters", [("vitdifftokennorm", 37_386), ("vitdiffnovember", 37_274)])
-def test_faulty_attentions(monkeypatch, name, parameters):
-    """They have the parameters that their file says, and compute what it says."""
-    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
-    records.execute_plugin(Path(__file__).parent / "runs/faults/attention/plugin.py")
-    model = build_model(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 32).double()
-    for depth, block in enumerate(model.blocks):
-        attn = randomize(block.attn)
-        out = faulty_by_hand(attn.state_dict(), x, depth, november=name == "vitdiffnovember")
-        torch.testing.assert_close(attn(x), out, rtol=0, atol=1e-12)
-        torch.testing.assert_close(attn.mean_lambda(x), 1 - attn.attention_map(x).sum(-1).mean(), rtol=0, atol=1e-12)
+        assert_computes(attn, x, out, maps)
+        assert block.attn_keeps == (maps is not None)
     if name == "vitdiffnovember":
         many = vit.MODELS[name]["attention"](512, num_heads=256, depth=0)
         assert many.lambda_q1.std().item() == pytest.approx(1, abs=0.2)
@@ -271,8 +271,7 @@ def test_faulty_attentions(monkeypatch, name, parameters):
 @pytest.mark.parametrize("patch_size", [4, 7])
 def test_budgets(name, patch_size):
     """Each model has from 97% to 100% of the parameters of its budget."""
-    parameters = sum(parameter.numel() for parameter in build_model(name, patch_size=patch_size).parameters())
-    assert 0.97 * BUDGETS[name] <= parameters <= BUDGETS[name]
+    assert 0.97 * BUDGETS[name] <= count_parameters(build_model(name, patch_size=patch_size)) <= BUDGETS[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -305,7 +304,8 @@ def test_sizes_that_do_not_fit(sizes, words):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vit(name):
-    """A model is a pre-norm transformer with free logits, computed here from its state dict, and shows its maps."""
+    """A model is a pre-norm transformer with free logits, computed here from its state dict, and shows its maps; its
+    mean lambdas are, for each differential block, 1 minus the mean sum of its maps' rows."""
     torch.manual_seed(0)
     model = randomize(build_model(name))
     weights, images = model.state_dict(), torch.randn(4, 1, 28, 28).double()
@@ -338,15 +338,32 @@ def test_vit(name):
     for shown, expected in zip(model.attention_maps(images), maps, strict=True):
         torch.testing.assert_close(shown, expected, rtol=0, atol=1e-10)
     assert logits.min() < 0  # no activation on the logits
+    lambdas = [1 - rows.sum(3).mean() for rows in maps] if "diff" in name else []
+    torch.testing.assert_close(model.mean_lambdas(images), lambdas, rtol=0, atol=1e-10)
+    for block in model.blocks:
+        block.attn_keeps = False  # as of an attention whose forward has no `keep`
+    torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_mean_lambdas(name):
-    """mean_lambdas has, for each differential block, 1 minus the mean sum of its maps' rows, and of others nothing."""
-    torch.manual_seed(0)
-    model, images = randomize(build_model(name)), torch.randn(4, 1, 28, 28).double()
-    expected = [1 - maps.sum(3).mean() for maps in model.attention_maps(images)] if "diff" in name else []
-    torch.testing.assert_close(model.mean_lambdas(images), expected, rtol=0, atol=1e-12)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_any_batch_size(name):
+    """A model exported, as one graph, or traced at one batch size has the same logits at others."""
+    model, images, others = build_model(name, depth=1).eval(), torch.randn(3, 1, 28, 28), torch.randn(5, 1, 28, 28)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True)
+    for copied in (program.module(), torch.jit.trace(model, images)):
+        for batch in (others, others[:1]):
+            torch.testing.assert_close(copied(batch), model(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 1, 28, 32), (2, 1, 56, 14), (2, 3, 28, 28), (1, 28, 28)])
+def test_other_images(shape):
+    """Images of another shape than the model's are an error that names both."""
+    model = build_model("vitdiff")
+    for call, images in [(model, torch.zeros(shape)), (torch.vmap(model.attention_maps), torch.zeros(3, *shape))]:
+        with pytest.raises(SizeError, match=re.escape(f"{shape} are not those of this model, (B, 1, 28, 28)")):
+            call(images)
 
 
 def test_state_dict_has_timms_names():

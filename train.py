@@ -48,6 +48,8 @@ def by_dataset(flag):
     """The default of a flag that depends on the data set, for --help: the most common one, then the exceptions."""
     names = {}
     for name, row in data.DATASETS.items():
+        if "load" in row:  # a plugin's, of an earlier command in this process
+            continue
         names.setdefault(row["defaults"][flag], []).append(name)
     (common, _), *exceptions = sorted(names.items(), key=lambda item: -len(item[1]))
     parts = [str(common), *(f"{value} for {', '.join(few)}" for value, few in exceptions)]
@@ -71,13 +73,15 @@ def make_parser(prog="train.py", description=__doc__):
                        help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row "
                             "(default: vitdiff)")
     group.add_argument("--dataset", nargs="+", default=["mnist"], metavar="NAME",
-                       help=f"{', '.join(data.DATASETS)} (default: mnist)")
+                       help=f"{', '.join(data.DATASETS)} or one's own, a row that a plugin adds to DATASETS "
+                            "(default: mnist)")
     group.add_argument("--seed", nargs="+", default=[0], metavar="N", type=seed,
                        help="of the initial weights, batch order, augmentation and dropout (default: 0)")
     group.add_argument("--distractors", metavar="N", type=count,
                        help="fragments of other images on each canvas of a cluttered data set (default: 4)")
     group.add_argument("--plugin", type=Path, metavar="FILE",
-                       help="a Python file to execute first: it may add rows to MODELS or change anything else")
+                       help="a Python file to execute first: it may add rows to MODELS and DATASETS or change anything "
+                            "else")
 
     group = parser.add_argument_group("sizes; the model's own where left out")
     group.add_argument("--patch-size", type=size, metavar="N", help=f"pixels a side {by_dataset('patch_size')}")
@@ -154,7 +158,8 @@ def check_flags(args):
     for name in args.model:
         records.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
     for name in args.dataset:
-        records.check_name("data set", name, data.DATASETS)
+        records.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
+        data.complete_row(name, args.data_dir)
         if args.batch_size and args.batch_size > training_size(name):
             raise UserError(f"argument --batch-size: {args.batch_size} is more than the {training_size(name)} training "
                             f"images of {name}: choose a smaller one")
@@ -173,7 +178,7 @@ def check_flags(args):
 # What to train.
 
 def training_size(dataset):
-    return data.DATASETS[dataset]["sizes"][0] - data.VALIDATION_SIZE
+    return data.DATASETS[dataset]["sizes"][0] - data.validation_size(dataset)
 
 
 # Runs that differ in their seed alone: the settings are those of the first of `seeds`.

@@ -134,7 +134,8 @@ class ViT(nn.Module):
         dropout: probability, on the embedded tokens, in the MLPs and on what each half of a block adds.
 
     Raises:
-        SizeError: if a size is below 1, the patch does not divide the image or the heads do not divide the width.
+        SizeError: if a size is below 1, the patch does not divide the image or the heads do not divide the width; when
+            called, if the images have another shape.
     """
 
     def __init__(self, image_size=28, patch_size=7, in_channels=1, num_classes=10, dim=32, depth=2, num_heads=2,
@@ -149,6 +150,7 @@ class ViT(nn.Module):
         if image_size % patch_size:
             raise SizeError(f"patch size {patch_size} does not divide image size {image_size}: "
                             f"choose one of {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
+        self.image_shape = (in_channels, image_size, image_size)
         side = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim, norm=patch_norm)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -163,8 +165,12 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """images (B, C, H, W) -> tokens (B, N, dim), the class token first."""
+        # A trace has no number of a size to compare, and would warn of it.
+        if not torch.jit.is_tracing() and images.shape[1:] != self.image_shape:
+            raise SizeError(f"images {tuple(images.shape)} are not those of this model, (B, "
+                            f"{', '.join(map(str, self.image_shape))})")
         patches = self.patch_embed(images)
-        cls_token = self.cls_token.expand(len(images), -1, -1)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)  # len() would fix the batch size in an export
         return self.dropout(torch.cat([cls_token, patches], dim=1) + self.pos_embed)
 
     def forward(self, images):

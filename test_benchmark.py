@@ -61,7 +61,8 @@ def test_a_step_of_the_benchmark_is_one_of_training(tmp_path, monkeypatch, compi
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     calls, train_step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *batch, **others: calls.append(batch) or train_step(*batch, **others))
+    monkeypatch.setattr(train, "train_step", lambda *batch, **others: (
+        calls.append(batch) or train_step(*batch, **others)))
     step = benchmark.make_step(settings_for(*TINY), [0, 1], cut(mnist()["train"], 1_100), CPU, compiled)
     weights = []
     for _ in range(5):

@@ -168,16 +168,14 @@ def test_state_is_loaded_whole(monkeypatch):
 
 def test_default_size():
     """By default all seeds are stacked, but on a CPU those of images of many tokens are trained one by one."""
-    for dataset, flags, stacked in [("mnist", [], True), ("mnist", ["--patch-size", "4"], True),
-                                    ("clutteredmnist", [], False), ("cifar10", [], False),
-                                    ("clutteredmnist", ["--patch-size", "12"], True)]:
+    for dataset, flags, stacked in [("mnist", [], True), ("mnist", ["--patch-size", "4"], True), ("cifar10", [], False),
+                                    ("clutteredmnist", ["--patch-size", "12"], True), ("clutteredmnist", [], False)]:
         args = train.parse_flags([*flags, "--dataset", dataset, "--model", "vit"])
-        for device, expected in [(CPU, sys.maxsize if stacked else 1), (torch.device("cuda"), sys.maxsize)]:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(machine, "name_device", str)
-                patch.setattr(machine, "resolve_amp", lambda name, device: "off")
-                (experiment,) = train.plan_experiments(args, device, None)
-            assert experiment.stack_size == expected
+        (experiment,) = train.plan_experiments(args, CPU, None)
+        assert experiment.stack_size == (sys.maxsize if stacked else 1)
+        tokens = analysis.make_model(experiment.settings).pos_embed.shape[1]
+        assert stacked == (tokens <= stack.STACKED_TOKENS)
+        assert stack.default_size(tokens, torch.device("cuda")) == sys.maxsize
 
 
 def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
@@ -230,38 +228,27 @@ def test_when_to_compile(tmp_path, monkeypatch):
     assert stack.is_compiled("yes", 1, torch.device("cuda")) is True
 
 
-def assert_compiled(compiled, plain):
-    """The runs in the folder `compiled` were compiled and those in `plain` not, and their losses agree."""
-    for folder in plain.iterdir():
-        other = compiled / folder.name
-        assert [records.read_config(run)[1]["compiled"] for run in (folder, other)] == [False, True]
-        for name in ("train_loss", "val_loss"):
-            torch.testing.assert_close(column(other, name), column(folder, name), rtol=0, atol=1e-4)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_losses(tmp_path):
-    """Compiled and plain losses agree, of a stack with a smaller last batch."""
-    for choice in ("no", "yes"):
-        assert command(*TINY, "--model", "vit", "--epochs", "1", "--head-hidden-dim", "0", "--seed", "0", "1",
-                       "--compile", choice, "--runs-dir", tmp_path / choice) == 0
-    assert_compiled(tmp_path / "yes", tmp_path / "no")
-
-
-def test_compiling_many_stacks(tmp_path, monkeypatch):
-    """More stacks are compiled in one process than torch compiles of one function, none for the smaller last batch, and
-    the trial that begins each leaves a model's buffers as they were. The compiler is a stand-in that takes what torch
-    traces as it is."""
+@pytest.mark.parametrize("model, backend", [("vit", "inductor"), ("vitbuffered", "eager")])
+def test_compiled_losses(tmp_path, monkeypatch, model, backend):
+    """Compiled and plain losses agree: of a stack, and of seeds one after the other, more of them than torch compiles
+    of one function. The smaller last batch is not compiled for, and the trial that begins each leaves a model's
+    buffers as they were. "eager" is a stand-in for the compiler, which takes what torch traces as it is."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
     monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     for choice in ("no", "yes"):
         with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
                                          fail_on_recompile_limit_hit=True):
-            assert command(*TINY, "--epochs", "1", "--model", "vitbuffered", "--seed", "0", "1", "--compile", choice,
-                           "--runs-dir", tmp_path / choice) == 0
-        weights = torch.load(tmp_path / choice / "mnist-vitbuffered-seed1/best.pt", weights_only=True)
-        assert weights["blocks.0.attn.calls"] == STEPS
-    assert_compiled(tmp_path / "yes", tmp_path / "no")
+            assert command(*TINY, "--epochs", "1", "--model", model, "--head-hidden-dim", "0", "--seed", "0", "1",
+                           "--compile", choice, "--runs-dir", tmp_path / choice) == 0
+    for plain in (tmp_path / "no").iterdir():
+        compiled = tmp_path / "yes" / plain.name
+        assert [records.read_config(run)[1]["compiled"] for run in (plain, compiled)] == [False, True]
+        for name in ("train_loss", "val_loss"):
+            torch.testing.assert_close(column(compiled, name), column(plain, name), rtol=0, atol=1e-4)
+        weights = torch.load(compiled / "best.pt", weights_only=True)
+        assert weights.get("blocks.0.attn.calls", STEPS) == STEPS
 
 
 def test_without_a_compiler(tmp_path, monkeypatch, capsys):
@@ -294,32 +281,32 @@ def test_capture(monkeypatch):
         def replay(self):
             self.kernel()
 
+    class Stream:
+        def wait_stream(self, stream):
+            pass
+
     @contextlib.contextmanager
     def record(graph, stream):
         recording.append(graph)
         yield
         recording.pop()
 
-    class Stream:
-        def wait_stream(self, stream):
-            pass
-
-    for name, stand_in in [("Stream", Stream), ("CUDAGraph", Graph), ("graph", record), ("current_stream", Stream),
-                           ("stream", lambda stream: contextlib.nullcontext())]:
+    for name, stand_in in dict(Stream=Stream, CUDAGraph=Graph, graph=record, current_stream=Stream,
+                               stream=contextlib.nullcontext).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
     def step(images, labels, share):
-        results = torch.zeros(2), torch.zeros(2, dtype=torch.long)
-
         def kernel():
-            results[0].copy_(share * images.sum(1))
-            results[1].copy_(labels.sum(1))
-        calls.append(labels)
+            losses.copy_(share * images.sum(1))
+            correct.copy_(labels.sum(1))
+
+        losses, correct = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+        calls.append(kernel)
         if recording:
             recording[-1].kernel = kernel
         else:
             kernel()
-        return results
+        return losses, correct
 
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     run = stack.capture(step, optimizer)
@@ -361,11 +348,16 @@ def test_cuda_losses(cuda, model, seeds):
 @pytest.mark.parametrize("flags", [
     ["--amp", "off"], ["--amp", "bfloat16", "--seed", "0", "1"], ["--amp", "float16"], ["--compile", "yes"],
     ["--dataset", "clutteredmnist", "--patch-size", "12"]], ids=" ".join)
-def test_cuda_repeats_a_record(cuda, tmp_path, flags):
-    """On CUDA the same seed gives the same record, analysis included."""
-    for runs in ("first", "second"):
-        assert command(*CUDA, "--epochs", "2", "--dropout", "0.1", "--analysis", *flags, "--runs-dir",
-                       tmp_path / runs) == 0
+def test_cuda_repeats_a_record(cuda, tmp_path, monkeypatch, flags):
+    """On CUDA the same seed gives the same record, analysis included, also where it was interrupted and resumed, unless
+    its steps are captured."""
+    flags = [*CUDA, "--epochs", "2", "--dropout", "0.1", "--analysis", *flags]
+    assert command(*flags, "--runs-dir", tmp_path / "first") == 0
+    if "--compile" not in flags:
+        with monkeypatch.context() as patch:
+            end_at(patch, epoch=2)
+            assert command(*flags, "--runs-dir", tmp_path / "second") == 130
+    assert command(*flags, "--runs-dir", tmp_path / "second") == 0
     for folder in (tmp_path / "first").iterdir():
         again = tmp_path / "second" / folder.name
         assert_same_run(again, folder)
@@ -374,32 +366,21 @@ def test_cuda_repeats_a_record(cuda, tmp_path, flags):
 
 
 @needs_cuda
-@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
-def test_cuda_resumes(cuda, tmp_path, monkeypatch, seeds):
-    """A run on CUDA, or a stack, that was interrupted is resumed to the record of one that never was."""
-    flags = [*CUDA, "--epochs", "3", "--dropout", "0.1", "--seed", *seeds]
-    assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        end_at(patch, epoch=2)
-        assert command(*flags, "--runs-dir", tmp_path / "parts") == 130
-    assert command(*flags, "--runs-dir", tmp_path / "parts") == 0
-    for folder in (tmp_path / "whole").iterdir():
-        assert_same_run(tmp_path / "parts" / folder.name, folder)
-
-
-@needs_cuda
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 @pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
-def test_cuda_captured_losses(cuda, tmp_path, seeds, amp):
-    """Captured steps, and the smaller last batch of each epoch after them, have the losses of plain ones."""
+@pytest.mark.parametrize("card", range(min(2, torch.cuda.device_count())))
+def test_cuda_captured_losses(cuda, tmp_path, card, seeds, amp):
+    """Captured steps, and the smaller last batch of each epoch after them, have the losses of plain ones, on the second
+    card too."""
     flags = [*CUDA, "--amp", amp, "--epochs", "3", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", *seeds]
-    for choice in ("yes", "no"):
-        assert command(*flags, "--compile", choice, "--runs-dir", tmp_path / choice) == 0
-    for folder in (tmp_path / "yes").iterdir():
-        plain = tmp_path / "no" / folder.name
-        assert [records.read_config(run)[1]["compiled"] for run in (folder, plain)] == [True, False]
+    assert command(*flags, "--compile", "no", "--runs-dir", tmp_path / "no") == 0
+    assert command(*flags, "--compile", "yes", "--device", f"cuda:{card}", "--runs-dir", tmp_path / "yes") == 0
+    assert torch.cuda.current_device() == card
+    for plain in (tmp_path / "no").iterdir():
+        captured = tmp_path / "yes" / plain.name
+        assert [records.read_config(run)[1]["compiled"] for run in (plain, captured)] == [False, True]
         for name in ("train_loss", "val_loss"):
-            torch.testing.assert_close(column(folder, name), column(plain, name), rtol=0,
+            torch.testing.assert_close(column(captured, name), column(plain, name), rtol=0,
                                        atol=1e-4 if amp == "off" else 1e-2)
 
 
@@ -426,15 +407,3 @@ def test_cuda_weights_load_anywhere(cuda, tmp_path):
     settings, _ = records.read_config(folder)
     loss, _ = loss_by_hand(analysis.load_model(folder, settings, CPU), cut(mnist()["test"], 2_001), settings)
     assert read_json(folder / "summary.json")["test_loss"] == pytest.approx(loss, abs=1e-4)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
-def test_second_cuda_card(tmp_path):
-    """A run on --device cuda:1, captured, has the losses of one on the first card."""
-    flags = [*TINY, "--amp", "off", "--epochs", "2", "--compile", "yes"]
-    for device in ("cuda:0", "cuda:1"):
-        assert command(*flags, "--device", device, "--runs-dir", tmp_path / device) == 0
-        assert f"cuda:{torch.cuda.current_device()}" == device
-    torch.use_deterministic_algorithms(False)
-    torch.testing.assert_close(*(column(tmp_path / device / "mnist-vitdiff-seed0", "train_loss")
-                                 for device in ("cuda:0", "cuda:1")), rtol=0, atol=1e-5)

@@ -34,14 +34,14 @@ from matplotlib.ticker import FuncFormatter, ScalarFormatter
 import records
 import stats
 from records import UserError
-from stats import BASELINE
+from stats import BASELINE, in_print
 
 # A model has the same colour in every chart: self-attention and its controls cool ones, differential attention warm
 # ones. Of Okabe and Ito's and Paul Tol's colours, for colour-blind eyes; markers and dashes, for grey print.
 COLORS = dict(
     vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
-    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitdiffnonorm="#882255",
-    vitsum="#117733", vitsumscaled="#66A61E", vitdiffsum="#999933", vitdiffabs="#8C6D31")
+    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
+    vitdiffnonorm="#882255", vitsum="#117733", vitdiffabs="#5B3A1E", vitdiffsum="#999933")
 SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models that are not the project's
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
@@ -49,9 +49,9 @@ FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
 BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
 # What a chart is drawn with besides matplotlib's own defaults. axes.titley: without it matplotlib searches a place for
 # each title, a tenth of the whole time.
-STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.axisbelow": True, "grid.color": "0.9",
-         "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "plot"}
-SCREEN = 40  # lines at most are printed
+STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.axisbelow": True, "axes.grid": True,
+         "axes.grid.axis": "y", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False,
+         "savefig.dpi": 150, "svg.hashsalt": "plot"}
 
 # One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
 # settings: those of the first. front: drawn in full, as reference runs behind others are not. style: for matplotlib.
@@ -167,13 +167,9 @@ def arrange(own, reference=()):
 
 # Parts of charts. All sizes are in inches, so that no layout has to be searched for.
 
-CHARACTER, TEXT_LINE = 0.075, 0.19  # of small text
+CHARACTER, TEXT_LINE = 0.064, 0.19  # of small text
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g}%")  # as many digits as the distance of ticks needs
 UNIFORM = Line("uniform attention", *[None] * 5)
-
-
-def in_print(dataset):
-    return stats.IN_PRINT.get(dataset, dataset)
 
 
 def records_lambda(run):
@@ -197,16 +193,17 @@ def what_is_shown(lines):
     return "; ".join(notes + ["thin and muted: the reference"] * any(not line.front for line in lines))
 
 
-def new_figure(title, notes, rows, columns, panel, left=0.95, right=0.2, gap=(0.2, 0.5), legend=(), **sharing):
+def new_figure(title, notes, rows, columns, panel, left=0.95, right=0.2, bottom=0.6, gap=(0.2, 0.5),
+               legend=(), **sharing):
     """A figure and its panels, an array (rows, columns).
 
     notes: lines of small text below the title. panel, gap: width and height of a panel and of the space between two of
-    them. left, right: margins. legend: the lines that it will have.
+    them. left, right, bottom: margins. legend: the lines that it will have.
     """
     width = max(left + columns * (panel[0] + gap[0]) - gap[0] + right, 0.3 + 0.105 * len(title),
                 0.3 + CHARACTER * max(map(len, notes)))
-    top = 0.62 + TEXT_LINE * len(notes)
-    bottom = 0.6 + (0.1 + 0.21 * math.ceil(len(legend) / legend_columns(width, [line.label for line in legend])) if legend else 0)
+    top = 0.6 + TEXT_LINE * len(notes)
+    bottom += (0.1 + 0.19 * math.ceil(len(legend) / legend_columns(width, [line.label for line in legend])) if legend else 0)
     height = top + rows * (panel[1] + gap[1]) - gap[1] + bottom
     figure = Figure(figsize=(width, height))
     figure.suptitle(title, x=0.15 / width, y=1 - 0.1 / height, ha="left", va="top", fontsize=11.5, fontweight="bold")
@@ -299,7 +296,6 @@ def draw_curves(title, notes, ylabel, number, lines, panels, skip=0.0):
         axes.set(title=heading, xlabel="epoch", ylim=(min(seen) - frame, max(seen) + frame),
                  xlim=(start + 1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1)))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(axis="y")
         name_ends(axes, number, ends_of[axes])
     row[0].set_ylabel(ylabel)
     row[0].yaxis.set_major_formatter(PERCENT if number(1).endswith("%") else ScalarFormatter(useOffset=False))
@@ -322,14 +318,9 @@ def name_ends(axes, number, ends):
                   va="center", color="0.1" if line.front else "0.5")
 
 
-def draw_val_loss(dataset, lines):
-    return draw_curves(f"Validation loss on {in_print(dataset)}", [], "validation loss", "{:.3f}".format, labelled(lines),
-                       dict(val_loss=""), skip=0.25)
-
-
-def draw_val_accuracy(dataset, lines):
-    return draw_curves(f"Validation accuracy on {in_print(dataset)}", [], "validation accuracy", "{:.2%}".format,
-                       labelled(lines), dict(val_accuracy=""), skip=0.25)
+def draw_validation(figure, number, dataset, lines):
+    return draw_curves(f"Validation {figure} on {in_print(dataset)}", [], f"validation {figure}", number,
+                       labelled(lines), {f"val_{figure}": ""}, skip=0.25)
 
 
 def draw_lambda(dataset, lines):
@@ -357,7 +348,6 @@ def draw_parameters(dataset, lines):
     axes.set(xlabel="parameters", ylabel="test accuracy")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(PERCENT)
-    axes.grid(axis="y")
     legend_below(figure)
     return figure
 
@@ -385,33 +375,37 @@ def draw_rows(title, notes, xlabel, number, lines, panels):
     families = {family: [] for family in FAMILIES}
     for line in sorted(lines, key=lambda line: -statistics.fmean(last[line.label])):
         families[family_of(line)].append(line)
-    rows = [row for family, members in families.items() if members for row in [family, *members]]
-    left = 0.4 + CHARACTER * max(len(line.label) for line in lines)
-    figure, (row,) = new_figure(title, [*notes, what_is_shown(lines)], 1, len(panels), (
-        5 if len(panels) == 1 else 2.6, 0.27 * len(rows)), left=left, gap=(0.3, 0), sharex=True, sharey=True)
+    rows = {text: line for family, members in families.items() if members
+            for text, line in [(family, None), *((line.label, line) for line in members)]}
+    width = 5 if len(panels) == 1 else 2.6
+    figure, (row,) = new_figure(
+        title, [*notes, what_is_shown(lines)], 1, len(panels), (width, 0.27 * len(rows)), gap=(0.3, 0),
+        left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True)
     for axes, (heading, samples) in zip(row, panels.items()):
-        for place, line in enumerate(rows):
-            if line not in FAMILIES:
+        for place, line in enumerate(rows.values()):
+            if line:
                 draw_row(axes, place, samples[line.label], line, number)
         axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
         axes.set(title=heading, xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-        axes.margins(x=0.14)
+        axes.margins(x=0.6 / width)  # for the means in figures
+        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
         axes.grid(axis="x")
-    row[0].set_yticks(range(len(rows)), ["" if line in FAMILIES else line.label for line in rows], fontsize="small")
-    for place, family in enumerate(rows):
-        if family in FAMILIES:
-            row[0].annotate(family, (0, place), xytext=(72 * (0.15 - left), 0), textcoords="offset points",
-                            xycoords=row[0].get_yaxis_transform(), va="center", fontweight="bold", fontsize="small")
+    row[0].set_yticks(range(len(rows)), rows, fontsize="small")
+    for text, line in zip(row[0].get_yticklabels(), rows.values()):
+        text.set_fontweight("normal" if line else "bold")
     return figure, row
 
 
 def draw_row(axes, place, sample, line, number):
     mean, half = statistics.fmean(sample), stats.half_interval(sample) or 0
     draw_intervals(axes, [place], [sample], line, across=True)
-    axes.plot([0, mean], [place, place], color="0.85", zorder=1)
+    axes.plot([0, mean], [place, place], color="0.8", linewidth=0.8, zorder=1)
     axes.annotate(number(mean), (mean + math.copysign(half, mean), place), fontsize="small", va="center",
                   xytext=(math.copysign(6, mean), 0), textcoords="offset points",
-                  ha="left" if mean >= 0 else "right", color="0.1" if line.front else "0.5")
+                  ha="left" if mean >= 0 else "right", color="0.1" if line.front else "0.5",
+                  bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
 
 
 def draw_pixel_noise(dataset, lines):
@@ -446,7 +440,7 @@ def draw_partial_noise(dataset, lines):
     return draw_rows(
         f"Gaussian noise on a part of the image, {in_print(dataset)}: test error minus that of {BASELINE}", [
             f"mean over severities 1 to {severities}, paired by seed; relevant patches hold some of the object"],
-        f"percentage points", "{:+.1f}".format, lines, panels)[0] if lines else None
+        "difference, points", "{:+.1f}".format, lines, panels)[0] if lines else None
 
 
 def draw_noise(dataset, lines):
@@ -456,26 +450,22 @@ def draw_noise(dataset, lines):
     if not names:
         return None
     cluttered = any(line.settings.get("distractors") for line in lines)
-    columns = min(3, len(names))
     figure, grid = new_figure(
         f"Test error by severity of corruption on {in_print(dataset)}", [
             "trained with distractors and no other corruption" if cluttered else "trained without corruption",
-            what_is_shown(lines)], math.ceil(len(names) / columns), columns, (3.1, 2.2), legend=lines, sharex=True,
-        sharey=True)
-    for axes, name in zip(grid.flat, names):
+            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2), legend=lines,
+        sharex=True, sharey=True)
+    for axes, name in itertools.zip_longest(grid.flat, names):
+        if name is None:
+            axes.remove()
+            continue
         for line in lines:
             draw_mean(axes, range(severities + 1), [[1 - accuracy for accuracy in (
                 run.summary["test_accuracy"], *run.noise[name][:severities])] for run in line.runs], line)
-        axes.set_title(stats.readable(name).capitalize())
-        axes.grid(axis="y")
-    for axes in grid.flat[len(names):]:
-        axes.remove()
+        axes.set(title=stats.readable(name).capitalize(), xlabel="severity (0: clean)", ylabel="test error")
+        axes.label_outer()
     grid[0, 0].set_ylim(bottom=0)
     grid[0, 0].yaxis.set_major_formatter(PERCENT)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("test error")
-    for axes in grid[-1]:
-        axes.set_xlabel("severity (0: clean)")
     legend_below(figure)
     return figure
 
@@ -505,14 +495,13 @@ def draw_attention(title, lines, figures):
                     axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",
                               linestyle="--", linewidth=1.2, label=UNIFORM.label)
                 axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
-            axes.grid(axis="y")
-        row[0].set_ylabel(ylabel)
+            axes.set_xticks(range(len(conditions)), [
+                stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions], fontsize="small")
+            row[0].set_ylabel(ylabel)
         if is_share:
             row[0].yaxis.set_major_formatter(PERCENT)
     for axes, block in zip(panels[0], blocks):
         axes.set_title(f"block {block}")
-    panels[0, 0].set_xticks(range(len(conditions)), [
-        stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions], fontsize="small")
     legend_below(figure)
     return figure
 
@@ -530,31 +519,28 @@ def draw_blocks(dataset, lines):
 
 
 def draw_maps(dataset, lines):
-    """A few images, and the class token's maps of them in the last block, each head's with the image's outline: of one
-    run of each line in front, and of `vit` behind them."""
+    """A few images, and the class token's maps of them in the last block, head by head: of one run of each line in
+    front, and of `vit` behind them."""
     lines = [line for line in stats.keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
     if not lines:
         return None
     heads = max(line.runs[0].maps[1].shape[1] for line in lines)
-    seeds = " and ".join(map(str, sorted({line.runs[0].settings["seed"] for line in lines})))
     shown = max(1, 8 // heads)  # images
-    pitch, left = heads + 0.35, 0.4 + CHARACTER * max(len(line.label) for line in lines)
-    width, height = shown * pitch, 1.3 + 1.12 * len(lines)
-    figure, ((axes,),) = new_figure(
-        f"Attention of the class token in the last block on {in_print(dataset)}", [
-            f"weight on each patch, a column a head, seed {seeds}; all maps on one scale"], 1, 1,
-        (0.9 * width, 0.9 * height), left=left, right=1.0)
     limit = max(abs(line.runs[0].maps[1][:shown]).max() for line in lines) or 1
+    seeds = " and ".join(map(str, sorted({line.runs[0].settings["seed"] for line in lines})))
+    pitch, width, height = 1.04 * heads + 0.3, shown * (1.04 * heads + 0.3), 1.3 + 1.15 * len(lines)
+    figure, ((axes,),) = new_figure(
+        f"Attention of the class token in the last block, {in_print(dataset)}", [
+            f"weight on each patch, a column a head, seed {seeds}; all maps on one scale; dashes: negative weights"], 1, 1,
+        (0.88 * width, 0.88 * height), left=0.4 + CHARACTER * max(len(line.label) for line in lines), right=0.9, bottom=0.1)
     for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
-        show(axes, image.transpose(1, 2, 0), i * pitch + (heads - 1) / 2, 0, cmap="gray_r", vmin=0, vmax=255)
-    for row, line in enumerate(lines):
+        show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)
+    for top, line in zip(itertools.count(1.3, 1.15), lines):
         images, maps = line.runs[0].maps
-        axes.text(-0.12, 1.8 + 1.12 * row, line.label, ha="right", va="center", fontsize="small")
+        axes.text(-0.12, top + 0.5, line.label, ha="right", va="center", fontsize="small")
         for i, head in itertools.product(range(min(shown, len(images))), range(maps.shape[1])):
-            place = i * pitch + head, 1.3 + 1.12 * row
-            picture = show(axes, maps[i, head], *place, cmap="RdBu_r", vmin=-limit, vmax=limit)
-            draw_outline(axes, images[i].max(0), *place)
-    axes.set(xlim=(-0.02, width - 0.33), ylim=(height - 0.08, -0.02))
+            picture = show_map(axes, maps[i, head], images[i].max(0), i * pitch + 1.04 * head, top, limit)
+    axes.set(xlim=(-0.02, width - 0.32), ylim=(height - 0.13, -0.02))
     axes.axis("off")
     bar = axes.inset_axes([1 + 0.15 / width, 0.25, 0.2 / width, 0.5])
     figure.colorbar(picture, cax=bar, label="weight").ax.tick_params(labelsize="small")
@@ -562,23 +548,25 @@ def draw_maps(dataset, lines):
 
 
 def show(axes, picture, x, y, **options):
-    """A picture, 0.96 wide and high, with its upper left corner at (x, y) of axes whose y grows downwards."""
-    frame = dict(xy=(x, y), width=0.96, height=0.96, fill=False, edgecolor="0.7", linewidth=0.6)
-    axes.add_patch(Rectangle(**frame))
-    return axes.imshow(picture, extent=(x, x + 0.96, y + 0.96, y), aspect="auto", **options)
+    """A picture, 1 wide and high, with its upper left corner at (x, y) of axes whose y grows downwards."""
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="0.7", linewidth=0.6))
+    return axes.imshow(picture, extent=(x, x + 1, y + 1, y), aspect="auto", **options)
 
 
-def draw_outline(axes, image, x, y):
-    """The outline of a grey image that `show` would show at (x, y)."""
-    height, width = image.shape
+def show_map(axes, weights, image, x, y, limit):
+    """A map with the outline of its image, and a dash on what is blue enough to be seen, for grey print."""
+    (height, width), side = image.shape, len(weights)
     if image.min() < 80 < image.max():
-        axes.contour([x + 0.96 * (i + 0.5) / width for i in range(width)],
-                     [y + 0.96 * (i + 0.5) / height for i in range(height)], image, levels=[80], colors="black",
-                     linewidths=0.6)
+        axes.contour([x + (i + 0.5) / width for i in range(width)], [y + (i + 0.5) / height for i in range(height)],
+                     image, levels=[80], colors="black", linewidths=0.6)
+    rows, columns = (weights < -0.05 * limit).nonzero()
+    axes.scatter(x + (columns + 0.5) / side, y + (rows + 0.5) / side, (24 / side) ** 2, "black", "_", linewidths=0.8)
+    return show(axes, weights, x, y, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 
 # Each makes a figure of (data set, lines), or returns None where there is nothing to show.
-CHARTS = {"pixel-noise": draw_pixel_noise, "val-loss": draw_val_loss, "val-accuracy": draw_val_accuracy,
+CHARTS = {"pixel-noise": draw_pixel_noise, "val-loss": functools.partial(draw_validation, "loss", "{:.3f}".format),
+          "val-accuracy": functools.partial(draw_validation, "accuracy", "{:.2%}".format),
           "parameters": draw_parameters, "lambda": draw_lambda, "noise": draw_noise,
           "partial-noise": draw_partial_noise, "relevance": draw_relevance, "blocks": draw_blocks, "maps": draw_maps}
 
@@ -620,22 +608,6 @@ def write_charts(out, file_format, datasets):
         return len(list(filter(None, map(write, *zip(*charts)))))
 
 
-def overview(out, datasets, written):
-    """What is printed, as lines: a table a data set, with as many rows as the screen has room for."""
-    tables = {dataset: stats.overview(dataset, lines) for dataset, lines in datasets.items()}
-    for most in range(SCREEN, -1, -1):
-        text = []
-        for dataset, (heading, *rows) in tables.items():
-            text += [heading, *rows[:most]]
-            if len(rows) > most:
-                text.append(f"... {len(rows) - most} more in {out / dataset}-table.md")
-            text.append("")
-        text += [*stats.OVERVIEW_NOTE.splitlines(), written]
-        if len(text) <= SCREEN:
-            break
-    return text
-
-
 def say(text, stream):
     """Print a text as far as the stream takes it: a closed pipe, a full disk or an encoding ends no work."""
     if stream is None:  # closed before Python was started
@@ -674,7 +646,7 @@ def plot(args):
     for path, table in tables.items():
         records.write_whole(path, table)
     charts = write_charts(out, args.format, datasets)
-    say("\n".join(overview(out, datasets, f"{len(tables)} tables and {charts} charts are in {out}")), sys.stdout)
+    say(f"{stats.overview(datasets, out)}\n{len(tables)} tables and {charts} charts are in {out}", sys.stdout)
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ Student's t for intervals, the exact sign-flip permutation test for p, Holm's co
 import functools
 import math
 import statistics
+import textwrap
 from collections import namedtuple
 
 import numpy
@@ -170,6 +171,10 @@ def published_of(dataset, line):
     """The published figures of a line's model, if it has as many parameters; None for any other."""
     figures = PUBLISHED.get((dataset, line.model))
     return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
+
+
+def in_print(dataset):
+    return IN_PRINT.get(dataset, dataset)
 
 
 def readable(name):
@@ -454,13 +459,13 @@ def make_tables(dataset, lines, compared=()):
 
 # What is printed.
 
-WIDTH = 100  # of a terminal
-OVERVIEW_NOTE = (f"Means over seeds. Minus {BASELINE}: of the same seeds, with a 95% interval. Noise error: mean test "
-                 "error under\nGaussian and impulse noise.")
+SCREEN, WIDTH = 40, 100  # lines and characters
+OVERVIEW_NOTE = f"""Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval.
+Noise error: mean test error under Gaussian and impulse noise."""
 
 
-def overview(dataset, lines):
-    """Lines of text: the data set with the headings of the columns, and a row a line."""
+def overview_rows(dataset, lines):
+    """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
     noise = keep_runs(lines, lambda run: run.noise)
     names, severities = shared_corruptions(noise)
     met_noise = {line.label: line.runs for line in noise} if set(PIXEL_NOISES) <= set(names) else {}
@@ -474,13 +479,24 @@ def overview(dataset, lines):
                      comparison_cells(comparisons.get(line.label), 2)[0],
                      f"{statistics.fmean(errors):.1%}" if errors else ""])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    texts = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    labels = [IN_PRINT.get(dataset, dataset), *(line.label for line in lines)]
-    room = min(max(map(len, labels)), WIDTH - len(texts[0]) - 2)
-    return [f"{cut(label, room).ljust(room)}  {text}" for label, text in zip(labels, texts)]
+    cells = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    labels = [in_print(dataset), *(line.label for line in lines)]
+    room = min(max(map(len, labels)), WIDTH - len(cells[0]) - 2)
+    wrapped = [textwrap.wrap(label, room, subsequent_indent="  ") for label in labels]
+    return ["\n".join([f"{first.ljust(room)}  {text}".rstrip(), *more])
+            for (first, *more), text in zip(wrapped, cells)]
 
 
-def cut(text, length):
-    """A text without its middle, where it is longer than that."""
-    half = (length - 2) // 2
-    return text if len(text) <= length else f"{text[:length - 2 - half]}..{text[-half:]}"
+def overview(lines_of, out):
+    """What is printed of {data set: lines} whose tables are in the folder `out`: a table each, with as many rows as the
+    screen has room for; it holds one more line."""
+    tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
+    for most in range(SCREEN, -1, -1):
+        text = ""
+        for dataset, (heading, *rows) in tables.items():
+            more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
+            text += "\n".join([heading, *rows[:most], *more, "\n"])
+        text += OVERVIEW_NOTE
+        if text.count("\n") + 2 <= SCREEN:
+            break
+    return text

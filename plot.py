@@ -42,7 +42,7 @@ COLORS = dict(
     vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
     vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
     vitdiffnonorm="#882255", vitsum="#117733", vitdiffabs="#5B3A1E", vitdiffsum="#999933")
-SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models that are not the project's
+SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
@@ -169,11 +169,15 @@ def arrange(own, reference=()):
 
 CHARACTER, TEXT_LINE = 0.064, 0.19  # of small text
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g}%")  # as many digits as the distance of ticks needs
-UNIFORM = Line("uniform attention", *[None] * 5)
+UNIFORM = "uniform attention"
 
 
-def records_lambda(run):
-    return "lambda_0" in run.metrics
+def lambda_blocks(run):
+    return {int(name[7:]) for name in run.metrics if re.fullmatch(r"lambda_\d+", name)}
+
+
+def texts_of(lines):
+    return [line.label for line in lines]
 
 
 def labelled(lines, condition=lambda run: True):
@@ -198,12 +202,12 @@ def new_figure(title, notes, rows, columns, panel, left=0.95, right=0.2, bottom=
     """A figure and its panels, an array (rows, columns).
 
     notes: lines of small text below the title. panel, gap: width and height of a panel and of the space between two of
-    them. left, right, bottom: margins. legend: the lines that it will have.
+    them. left, right, bottom: margins. legend: the texts that it will have.
     """
     width = max(left + columns * (panel[0] + gap[0]) - gap[0] + right, 0.3 + 0.105 * len(title),
                 0.3 + CHARACTER * max(map(len, notes)))
     top = 0.6 + TEXT_LINE * len(notes)
-    bottom += (0.1 + 0.19 * math.ceil(len(legend) / legend_columns(width, [line.label for line in legend])) if legend else 0)
+    bottom += 0.1 + 0.19 * math.ceil(len(legend) / legend_columns(width, legend)) if legend else 0
     height = top + rows * (panel[1] + gap[1]) - gap[1] + bottom
     figure = Figure(figsize=(width, height))
     figure.suptitle(title, x=0.15 / width, y=1 - 0.1 / height, ha="left", va="top", fontsize=11.5, fontweight="bold")
@@ -277,7 +281,7 @@ def draw_curves(title, notes, ylabel, number, lines, panels, skip=0.0):
     panels: {column of metrics.csv: heading}. number: how a value is written. skip: the share of the epochs that is left
     out at the beginning, so that their steepness does not flatten all that follows.
     """
-    margin = 0.75 + CHARACTER * (8 + max(len(line.label) for line in lines))
+    margin = 0.75 + CHARACTER * (8 + max(map(len, texts_of(lines))))
     figure, (row,) = new_figure(title, [*notes, what_is_shown(lines)], 1, len(panels), (
         5.2 if len(panels) == 1 else 3.6, max(3.4, TEXT_LINE * (len(lines) + 1))), right=margin, gap=(margin + 0.2, 0),
         sharey=True)
@@ -324,9 +328,8 @@ def draw_validation(figure, number, dataset, lines):
 
 
 def draw_lambda(dataset, lines):
-    lines = labelled(lines, records_lambda)
-    blocks = {int(name[7:]) for line in lines for run in line.runs for name in run.metrics
-              if re.fullmatch(r"lambda_\d+", name)}
+    lines = labelled(lines, lambda_blocks)
+    blocks = {block for line in lines for run in line.runs for block in lambda_blocks(run)}
     return draw_curves(
         f"Lambda, the weight of the second attention map, on {in_print(dataset)}",
         ["mean over heads and tokens of the validation split"], "lambda", "{:.2f}".format, lines,
@@ -340,8 +343,8 @@ def draw_parameters(dataset, lines):
     gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
     places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
     figure, ((axes,),) = new_figure(
-        f"Test accuracy by parameters on {in_print(dataset)}", [f"{what_is_shown(lines)}; neighbours moved apart"], 1, 1,
-        (5.5, 3.2), legend=lines)
+        f"Test accuracy by parameters on {in_print(dataset)}",
+        [f"{what_is_shown(lines)}; neighbours moved apart"], 1, 1, (5.5, 3.2), legend=texts_of(lines))
     for line, place in zip(lines, places):
         draw_intervals(axes, [place], [[run.summary["test_accuracy"] for run in line.runs]], line)
     axes.margins(0.08)
@@ -361,7 +364,7 @@ def family_of(line):
     """The family of a line's model, by what its runs recorded and whatever its name: self-attention has no lambda;
     differential attention has one, and negative weights in its attention maps, for which what is subtracted need not be
     a softmax map; a model with a lambda whose every weight is positive adds in place of subtracting."""
-    if not any(map(records_lambda, line.runs)):
+    if not any(map(lambda_blocks, line.runs)):
         return FAMILIES[0]
     negative = [figures["negative_share"] for run in line.runs if run.attention
                 for blocks in run.attention.values() for figures in blocks.values()]
@@ -453,8 +456,8 @@ def draw_noise(dataset, lines):
     figure, grid = new_figure(
         f"Test error by severity of corruption on {in_print(dataset)}", [
             "trained with distractors and no other corruption" if cluttered else "trained without corruption",
-            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2), legend=lines,
-        sharex=True, sharey=True)
+            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
+        legend=texts_of(lines), sharex=True, sharey=True)
     for axes, name in itertools.zip_longest(grid.flat, names):
         if name is None:
             axes.remove()
@@ -481,9 +484,11 @@ def draw_attention(title, lines, figures):
     if not lines:
         return None
     conditions, blocks = stats.attention_axes(lines)
+    texts = [stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(
         title, [f"mean of the heads over the test split; {what_is_shown(lines)}"], len(figures), len(blocks),
-        (max(3.4, 1.1 * len(conditions)), 2.2), gap=(0.2, 0.2), legend=[*lines, UNIFORM], sharex=True, sharey="row")
+        (max(3.4, 1.1 * len(conditions)), 2.2), gap=(0.2, 0.2), legend=[*texts_of(lines), UNIFORM], sharex=True,
+        sharey="row")
     for row, (name, (ylabel, is_share)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
             for offset, line in zip(side_by_side(0.7, lines), lines):
@@ -493,11 +498,10 @@ def draw_attention(title, lines, figures):
             if name == "irrelevant_share":
                 for i, condition in enumerate(conditions):
                     axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",
-                              linestyle="--", linewidth=1.2, label=UNIFORM.label)
+                              linestyle="--", linewidth=1.2, label=UNIFORM)
                 axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
-            axes.set_xticks(range(len(conditions)), [
-                stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions], fontsize="small")
-            row[0].set_ylabel(ylabel)
+            axes.set_xticks(range(len(conditions)), texts, fontsize="small")
+        row[0].set_ylabel(ylabel)
         if is_share:
             row[0].yaxis.set_major_formatter(PERCENT)
     for axes, block in zip(panels[0], blocks):
@@ -531,8 +535,9 @@ def draw_maps(dataset, lines):
     pitch, width, height = 1.04 * heads + 0.3, shown * (1.04 * heads + 0.3), 1.3 + 1.15 * len(lines)
     figure, ((axes,),) = new_figure(
         f"Attention of the class token in the last block, {in_print(dataset)}", [
-            f"weight on each patch, a column a head, seed {seeds}; all maps on one scale; dashes: negative weights"], 1, 1,
-        (0.88 * width, 0.88 * height), left=0.4 + CHARACTER * max(len(line.label) for line in lines), right=0.9, bottom=0.1)
+            f"weight on each patch, a column a head, seed {seeds}; one scale, with dashes below -5% of it"], 1, 1,
+        (0.88 * width, 0.88 * height), right=0.9, bottom=0.1,
+        left=0.4 + CHARACTER * max(map(len, texts_of(lines))))
     for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
         show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)
     for top, line in zip(itertools.count(1.3, 1.15), lines):
@@ -560,7 +565,8 @@ def show_map(axes, weights, image, x, y, limit):
         axes.contour([x + (i + 0.5) / width for i in range(width)], [y + (i + 0.5) / height for i in range(height)],
                      image, levels=[80], colors="black", linewidths=0.6)
     rows, columns = (weights < -0.05 * limit).nonzero()
-    axes.scatter(x + (columns + 0.5) / side, y + (rows + 0.5) / side, (24 / side) ** 2, "black", "_", linewidths=0.8)
+    axes.scatter(x + (columns + 0.5) / side, y + (rows + 0.5) / side, (24 / side) ** 2, "black", marker="_",
+                 linewidths=0.8)
     return show(axes, weights, x, y, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 

@@ -1,7 +1,7 @@
 """What runs say together: intervals over seeds, models compared with `vit` seed by seed, and the tables of both.
 
 Student's t for intervals, the exact sign-flip permutation test for p, Holm's correction for several comparisons.
-`plot.py` prints the overview and writes the tables beside its charts. A line is its `Line`: the runs of a model by seed.
+`plot.py` prints the overview and writes the tables beside its charts. A line is its `Line`: a model's runs by seed.
 """
 
 import functools

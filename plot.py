@@ -536,7 +536,7 @@ def draw_maps(dataset, lines):
     figure, ((axes,),) = new_figure(
         f"Attention of the class token in the last block, {in_print(dataset)}", [
             f"weight on each patch, a column a head, seed {seeds}; one scale, with dashes below -5% of it"], 1, 1,
-        (0.88 * width, 0.88 * height), right=0.9, bottom=0.1,
+        (0.88 * width, 0.88 * height), right=1.0, bottom=0.1,
         left=0.4 + CHARACTER * max(map(len, texts_of(lines))))
     for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
         show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)

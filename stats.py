@@ -495,7 +495,7 @@ def overview(lines_of, out):
         text = ""
         for dataset, (heading, *rows) in tables.items():
             more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
-            text += "\n".join([heading, *rows[:most], *more, "\n"])
+            text += "\n".join([heading, *rows[:most], *more, "\n"] if most else [*more, ""])
         text += OVERVIEW_NOTE
         if text.count("\n") + 2 <= SCREEN:
             break

@@ -344,7 +344,7 @@ def draw_parameters(dataset, lines):
     places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
     figure, ((axes,),) = new_figure(
         f"Test accuracy by parameters on {in_print(dataset)}",
-        [f"{what_is_shown(lines)}; neighbours moved apart"], 1, 1, (5.5, 3.2), legend=texts_of(lines))
+        [f"{what_is_shown(lines)}; neighbours moved apart"], 1, 1, (5.5, 3.2), right=0.35, legend=texts_of(lines))
     for line, place in zip(lines, places):
         draw_intervals(axes, [place], [[run.summary["test_accuracy"] for run in line.runs]], line)
     axes.margins(0.08)

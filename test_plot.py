@@ -73,15 +73,6 @@ def analyse(folder, accuracies, share=0.2, entropy=2.0, negative=0.0, weight=0.1
     return folder
 
 
-def retrain(source, folder, **settings):
-    """A copy of a reference run as somebody else's own: other facts, and the settings given."""
-    shutil.copytree(source, folder)
-    recorded, facts = records.read_config(folder)
-    records.write_json(folder / "config.json", dict(settings=recorded | settings, facts=facts | dict(
-        compiled=False, git_commit=None, torch="2.4.0", device_name="laptop", stack=[0])))
-    records.write_summary(folder, records.read_summary(folder))
-
-
 def lines_in(*folders):
     """{data set: {label: line}} as the command would draw the folders."""
     own, _ = plot.find_runs(*folders)
@@ -138,39 +129,10 @@ def test_fresh_clone(tmp_path):
     assert row["test loss"].startswith(f"{statistics.fmean(losses):.4f} ± ") and row["seeds"] == "20"
 
 
-def test_fresh_clone_and_one_trained_run(tmp_path):
-    """One's own run joins its model by name in front of the reference, whatever compiled it, and a new model is
-    compared with the reference's `vit` seed by seed; other folders are not looked into."""
-    (tmp_path / "reference").mkdir()
-    for name in ("clutteredmnist-vit-seed0", *(f"mnist-{model}-seed{seed}" for seed in range(4)
-                                               for model in ("vit", "vitdiff", "vitdiffv2"))):
-        (tmp_path / "reference" / name).symlink_to(REFERENCE / name)
-    retrain(REFERENCE / "mnist-vit-seed3", tmp_path / "faults/activated/mnist-vit-seed0", seed=0)
-    retrain(REFERENCE / "mnist-vitdiff-seed1", tmp_path / "mnist-vitdiff-seed0", seed=0)
-    for seed in range(3):
-        retrain(REFERENCE / f"mnist-vitdiff-seed{seed}", tmp_path / f"mnist-vitcosine-seed{seed}", model="vitcosine",
-                plugin="my_attention.py 0123456789ab")
-    lines = lines_in(tmp_path)["mnist"]
-    assert {label: (line.front, len(line.runs)) for label, line in lines.items()} == {
-        "vitcosine": (True, 3), "vitdiff": (True, 1), "vit": (False, 4), "vitdiff (reference)": (False, 4),
-        "vitdiffv2": (False, 4)}
-    own, behind = lines["vitdiff"].style, lines["vitdiff (reference)"].style
-    assert (own["color"], own["marker"]) == (behind["color"], behind["marker"])
-    assert all(own[name] > behind[name] for name in ("linewidth", "alpha", "zorder"))
-    assert all(line.front for line in lines_in(tmp_path)["clutteredmnist"].values())
-    assert cells_of(tables(tmp_path)["table"])["vitcosine"]["better in"].endswith(" of 3")
-
-    axes = charts(tmp_path)["val-loss"].axes[0]
-    for model, label, seeds in [("vit", "vit (4 seeds)", range(4)), ("vitdiff", "vitdiff (1 seed)", [1])]:
-        values = numpy.mean([[row["val_loss"] for row in records.read_csv(
-            REFERENCE / f"mnist-{model}-seed{seed}/metrics.csv")] for seed in seeds], axis=0)
-        assert drawn(axes)[label].get_ydata() == pytest.approx(values[5:])  # a quarter of 20 epochs is left out
-        assert drawn(axes)[label].get_xdata().tolist() == list(range(6, 21))
-
-
 def test_folders_named(tmp_path):
-    """Each folder named is drawn with its reference, none twice, and lines of other folders are told apart by them."""
-    for folder in ("a", "b", "a/reference"):
+    """Each folder named is drawn with its reference, muted and none twice, and no other folder is looked into; lines of
+    several folders are told apart by them."""
+    for folder in ("a", "b", "a/reference", "a/other/deeper"):
         record(tmp_path / folder)
     record(tmp_path / "a/reference", dataset="kmnist")
 
@@ -178,16 +140,16 @@ def test_folders_named(tmp_path):
         return {line.label: line.front for line in lines_in(*(tmp_path / name for name in names))["mnist"].values()}
 
     assert labels("a") == {"vit": True, "vit (reference)": False}
+    own, behind = (line.style for line in lines_in(tmp_path / "a")["mnist"].values())
+    assert (own["color"], own["marker"]) == (behind["color"], behind["marker"])
+    assert all(own[name] > behind[name] for name in ("linewidth", "alpha", "zorder"))
     assert labels("a/reference") == {"vit": True}
     assert labels("a", "a/reference") == {"vit": True, "vit (reference)": True}
     assert labels("a", "b") == {"vit (a)": True, "vit (b)": True, "vit (a/reference)": False}
     record(tmp_path / "a/reference", epochs=3, folder="short")
     assert labels("a") == {
         "vit, epochs 20": True, "vit, epochs 20 (reference)": False, "vit, epochs 3 (reference)": False}
-    shutil.rmtree(tmp_path / "a/reference/mnist-vit-seed0")
-    assert labels("a") == {"vit, epochs 20": True, "vit (reference)": False}
-    assert lines_in(tmp_path / "a")["kmnist"]["vit"].front
-    assert lines_in(tmp_path) == {}
+    assert lines_in(tmp_path / "a")["kmnist"]["vit"].front and lines_in(tmp_path) == {}
 
 
 def test_seeds_alone_share_a_line(tmp_path):
@@ -235,15 +197,15 @@ def test_colours_stay(tmp_path):
 # Curves.
 
 def test_mean_and_band(tmp_path):
-    """A drawn line is the mean of the records, its band the 95% interval, and its end is named; the panels of lambda
-    share one scale. Nothing of another recipe stands beside them."""
-    record(tmp_path, "vit", 0, epochs=3, values=[0.9, 0.7, 0.6])
-    record(tmp_path, "vit", 1, epochs=3, values=[0.8, 0.7, 0.5], accuracy=0.97)
-    record(tmp_path, "vitdiff", 0, epochs=3, values=[0.7, 0.6, 0.55], lambdas=[0.2, 0.35], parameters=37_290)
+    """A drawn line is the mean of the records after a quarter of the epochs, its band the 95% interval, and its end is
+    named; the panels of lambda share one scale. Nothing of another recipe stands beside them."""
+    for seed, values in enumerate([[5.0, 0.9, 0.7, 0.6], [4.0, 0.8, 0.7, 0.5]]):
+        record(tmp_path, "vit", seed, epochs=4, values=values, accuracy=0.98 - 0.01 * seed)
+    record(tmp_path, "vitdiff", 0, epochs=4, values=[3, 0.7, 0.6, 0.55], lambdas=[0.2, 0.35], parameters=37_290)
     figures = charts(tmp_path)
     (axes,) = figures["val-loss"].axes
     lines, (band,) = drawn(axes), axes.collections
-    assert lines["vit (2 seeds)"].get_xdata().tolist() == [1, 2, 3]
+    assert lines["vit (2 seeds)"].get_xdata().tolist() == [2, 3, 4]
     assert lines["vit (2 seeds)"].get_ydata() == pytest.approx([0.85, 0.7, 0.55])
     assert lines["vitdiff (1 seed)"].get_ydata() == pytest.approx([0.7, 0.6, 0.55])
     half = 12.7062 * 0.05  # Student's t, 1 degree of freedom, of two values 0.1 apart
@@ -253,14 +215,14 @@ def test_mean_and_band(tmp_path):
         "vit (2 seeds) 0.550", "vitdiff (1 seed) 0.550"]
     assert drawn(figures["val-accuracy"].axes[0])["vit (2 seeds)"].get_ydata() == pytest.approx([0.915, 0.93, 0.945])
     panels = figures["lambda"].axes
-    assert [drawn(axes)["vitdiff"].get_ydata()[-1] for axes in panels] == [0.2, 0.35]
+    assert [drawn(axes)["vitdiff"].get_ydata().tolist() for axes in panels] == [[0.2] * 4, [0.35] * 4]
     assert panels[0].get_ylim() == panels[1].get_ylim() and all(set(drawn(axes)) == {"vitdiff"} for axes in panels)
     (axes,) = figures["parameters"].axes
     assert interval(axes.containers[0]) == pytest.approx([0.975, 0.975 - half / 10, 0.975 + half / 10], abs=1e-5)
     assert len(axes.containers) == 2 and axes.containers[1].lines[2] == ()  # of one seed there is no interval
 
 
-@pytest.mark.parametrize("count, seeds", [(5, 2), (25, 1)])
+@pytest.mark.parametrize("count, seeds", [(5, 2), (15, 1)])
 def test_labels_do_not_overlap(tmp_path, count, seeds):
     """No text of a chart stands on another or outside the figure, however many lines end within a hair's breadth."""
     noises = ["gaussian_noise", "impulse_noise", *records.PARTIAL_NOISE.values()]
@@ -278,15 +240,6 @@ def test_labels_do_not_overlap(tmp_path, count, seeds):
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), name
         assert all(0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0 and box.y1 <= figure.bbox.height
                    for box in boxes), name
-
-
-def test_spread():
-    """Heights are moved apart, and no further than they must be."""
-    assert plot.spread([3.0, 0.0, 10.0], 1.0, 0.0, 10.0) == [3.0, 0.0, 10.0]
-    assert plot.spread([1.0, 1.0], 1.0, 0.0, 10.0) == [0.5, 1.5]
-    assert plot.spread([0.0, 5.0, 5.5, 5.2], 1.0, 0.0, 10.0) == pytest.approx([0.0, 4.2333, 6.2333, 5.2333], abs=1e-3)
-    assert plot.spread([0.1, 0.2, 9.9], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.9]
-    assert plot.spread([9.9, 9.8, 4.0], 1.0, 0.0, 10.0) == [10.0, 9.0, 4.0]
 
 
 # Tables and statistics.
@@ -468,14 +421,10 @@ def test_tables_of_an_analysis(tmp_path):
     assert list(rows["uniform attention"].values())[2:] == ["40.0% (1.00)"] * 2
 
     analyse(record(tmp_path, "vitdiff", 1), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.16)
-    written = tables(tmp_path)
-    for name, differences in [("noise-table", [5.0, 4.0]), ("attention-table", [-10.0, -6.0])]:
-        row = list(cells_of(written[name].split("## ")[2])["vitdiff"].values())
-        half = 12.7062 * statistics.stdev(differences) / math.sqrt(2)
-        mean = statistics.fmean(differences)
-        assert row == ["vitdiff", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})",
-                       "0 of 2" if mean > 0 else "2 of 2", "0.5", "0.5",
-                       f"{half * (1 + 1.3764 / 12.7062):.2f}"]
+    row = rows_of(tables(tmp_path)["attention-table"].split("## ")[2])[1]
+    half = 12.7062 * 2  # the differences are -10 and -6
+    assert row == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2", "0.5", "0.5",
+                   f"{half * (1 + 1.3764 / 12.7062):.2f}"]
 
 
 def record_noises(root, errors):
@@ -640,13 +589,11 @@ def test_damage(tmp_path):
     ("summary.json", '{"parameters": 33034, "val_loss": NaN, "test_loss": 0.5, "test_accuracy": 0.98}'),
     ("metrics.csv", "epoch,val_loss,val_accuracy\n"), ("metrics.csv", "epoch,val_loss\n1,0.5\n"),
     ("metrics.csv", "epoch,val_loss,val_accuracy\n" + "".join(f"{i},1e300,0.5\n" for i in range(1, 21))),
-    ("noise.csv", ""), ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"),
-    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"), ("noise.csv", b"\xff\x00"),
-    ("attention.csv", ""), ("attention.csv", "condition,block,head\nclean,0,0\n"),
+    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"), ("noise.csv", b"\xff\x00"),
+    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"), ("attention.csv", ""),
     ("attention.csv", f"condition,block,head,{','.join(records.ATTENTION_FIGURES)}\nclean,0,1,0,0,0,0,0,0,0\n"),
-    ("attention.npz", b""), ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive"),
-    *(("attention.npz", shapes) for shapes in [((8, 2, 18, 18), (8, 1, 28, 28)), ((7, 2, 17, 17), (8, 1, 28, 28)),
-                                               ((8, 2, 17, 17), (8, 2, 28, 28)), ((8, 2, 17), (8, 1, 28, 28))])])
+    ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive"), *(("attention.npz", shapes) for shapes in [
+        ((8, 2, 18, 18), (8, 1, 28, 28)), ((7, 2, 17, 17), (8, 1, 28, 28)), ((8, 2, 17, 17), (8, 2, 28, 28))])])
 def test_damage_without_checksums(tmp_path, name, content):
     """Of a run made by hand, which has no checksums, a file of another structure is named, and the run left out."""
     record_analyses(tmp_path)
@@ -757,7 +704,7 @@ def test_matplotlibrc(tmp_path):
         "font.size: 20", "lines.marker: x", "axes.titley: 0.5", "figure.dpi: 30", "axes.grid: False"]))
     assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "plain")]) == 0
     subprocess.run([sys.executable, HERE / "plot.py", "runs", "--out", "hostile"], cwd=tmp_path, check=True,
-                   env=os.environ | dict(MPLBACKEND="module://no_such_backend"))
+                   env=os.environ | dict(MPLBACKEND="inline"))
     plain, hostile = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
                       for name in ("plain", "hostile"))
     assert len(plain) == 7 and plain == hostile

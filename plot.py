@@ -49,9 +49,9 @@ FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
 BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
 # What a chart is drawn with besides matplotlib's own defaults. axes.titley: without it matplotlib searches a place for
 # each title, a tenth of the whole time.
-STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.axisbelow": True, "axes.grid": True,
-         "axes.grid.axis": "y", "grid.color": "0.9", "axes.spines.top": False, "axes.spines.right": False,
-         "savefig.dpi": 150, "svg.hashsalt": "plot"}
+STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.xmargin": 0.03, "axes.axisbelow": True,
+         "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9", "axes.spines.top": False,
+         "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "plot"}
 
 # One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
 # settings: those of the first. front: drawn in full, as reference runs behind others are not. style: for matplotlib.
@@ -230,16 +230,15 @@ def legend_below(figure):
 
 
 def draw_mean(axes, places, columns, line, **options):
-    """The mean of columns (one a run) over places; of several runs in front a band, its 95% interval, too. Returns the
-    mean and the band's lower and upper edges, where there is none the mean as both."""
+    """The mean of columns (one a run) over places, which is returned; of several runs in front a band, its 95%
+    interval, too."""
     means = [statistics.fmean(values) for values in zip(*columns)]
     axes.plot(places, means, **line.style, label=line.label, **options)
-    if not line.front or len(columns) < 2:
-        return means, means, means
-    halves = [stats.half_interval(values) for values in zip(*columns)]
-    low, high = ([mean + sign * half for mean, half in zip(means, halves)] for sign in (-1, 1))
-    axes.fill_between(places, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
-    return means, low, high
+    if line.front and len(columns) > 1:
+        halves = [stats.half_interval(values) for values in zip(*columns)]
+        low, high = ([mean + sign * half for mean, half in zip(means, halves)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
+    return means
 
 
 def draw_intervals(axes, places, samples, line, across=False):
@@ -249,11 +248,6 @@ def draw_intervals(axes, places, samples, line, across=False):
     halves, means = None if None in halves else halves, list(map(statistics.fmean, samples))
     axes.errorbar(*((means, places, None, halves) if across else (places, means, halves)), capsize=2.5,
                   label=line.label, **line.style | dict(linestyle="none"))
-
-
-def side_by_side(width, lines):
-    """How far from the middle each line's mark stands, so that together they take this width and none hides another."""
-    return [width * ((place + 0.5) / len(lines) - 0.5) for place in range(len(lines))]
 
 
 def spread(heights, gap, low, high):
@@ -286,20 +280,19 @@ def draw_curves(title, notes, ylabel, number, lines, panels, skip=0.0):
         5.2 if len(panels) == 1 else 3.6, max(3.4, TEXT_LINE * (len(lines) + 1))), right=margin, gap=(margin + 0.2, 0),
         sharey=True)
     lengths = [len(line.runs[0].metrics["epoch"]) for line in lines]
-    start, last = min(int(skip * max(lengths)), min(lengths) - 1), max(lengths)
-    seen, ends_of = [], {axes: [] for axes in row}  # the heights that the frame must hold, and where curves end
+    start = min(int(skip * max(lengths)), min(lengths) - 1)
+    ends_of = {axes: [] for axes in row}
     for axes, column in zip(row, panels):
         for line in stats.keep_runs(lines, lambda run: column in run.metrics):
             columns = [run.metrics[column][start:] for run in line.runs]
             epochs = range(start + 1, start + 1 + len(columns[0]))
-            means, low, high = draw_mean(axes, epochs, columns, line, markevery=max(1, len(epochs) // 10))
-            seen += low + high
+            means = draw_mean(axes, epochs, columns, line, markevery=max(1, len(epochs) // 10))
             ends_of[axes].append((line, epochs[-1], means[-1]))
-    frame = 0.05 * (max(seen) - min(seen)) or 0.01
-    for axes, heading in zip(row, panels.values()):
-        axes.set(title=heading, xlabel="epoch", ylim=(min(seen) - frame, max(seen) + frame),
-                 xlim=(start + 1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1)))
+    for axes, heading in zip(row, panels.values()):  # when all panels are drawn, so that their scale stays
+        axes.set(title=heading, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.autoscale_view()
+        axes.autoscale(False)
         name_ends(axes, number, ends_of[axes])
     row[0].set_ylabel(ylabel)
     row[0].yaxis.set_major_formatter(PERCENT if number(1).endswith("%") else ScalarFormatter(useOffset=False))
@@ -337,8 +330,10 @@ def draw_lambda(dataset, lines):
 
 
 def draw_parameters(dataset, lines):
-    """Test accuracy against parameters, with 95% intervals over seeds."""
+    """Test accuracy against parameters, with 95% intervals over seeds, of two lines or more."""
     lines = labelled(lines)
+    if len(lines) < 2:
+        return None
     counts = [line.runs[0].summary["parameters"] for line in lines]
     gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
     places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
@@ -491,10 +486,11 @@ def draw_attention(title, lines, figures):
         sharey="row")
     for row, (name, (ylabel, is_share)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
-            for offset, line in zip(side_by_side(0.7, lines), lines):
+            for place, line in enumerate(lines):
                 samples = [[stats.attention_of(run, condition, block, name) for run in line.runs]
                            for condition in conditions]
-                draw_intervals(axes, [i + offset for i in range(len(conditions))], samples, line)
+                beside = 0.7 * ((place + 0.5) / len(lines) - 0.5)  # so that no mark hides another
+                draw_intervals(axes, [i + beside for i in range(len(conditions))], samples, line)
             if name == "irrelevant_share":
                 for i, condition in enumerate(conditions):
                     axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",

@@ -216,7 +216,8 @@ def test_mean_and_band(tmp_path):
     assert drawn(figures["val-accuracy"].axes[0])["vit (2 seeds)"].get_ydata() == pytest.approx([0.915, 0.93, 0.945])
     panels = figures["lambda"].axes
     assert [drawn(axes)["vitdiff"].get_ydata().tolist() for axes in panels] == [[0.2] * 4, [0.35] * 4]
-    assert panels[0].get_ylim() == panels[1].get_ylim() and all(set(drawn(axes)) == {"vitdiff"} for axes in panels)
+    assert panels[0].get_ylim() == panels[1].get_ylim() == (pytest.approx(0.2 - 0.0075), pytest.approx(0.35 + 0.0075))
+    assert all(set(drawn(axes)) == {"vitdiff"} and axes.get_xlim() == pytest.approx((0.91, 4.09)) for axes in panels)
     (axes,) = figures["parameters"].axes
     assert interval(axes.containers[0]) == pytest.approx([0.975, 0.975 - half / 10, 0.975 + half / 10], abs=1e-5)
     assert len(axes.containers) == 2 and axes.containers[1].lines[2] == ()  # of one seed there is no interval
@@ -674,7 +675,7 @@ def test_printing_costs_no_chart(tmp_path):
     record(tmp_path, epochs=2)
     process = subprocess.run(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' plot.py '{tmp_path}' | head -n 0"],
                              cwd=HERE, capture_output=True, text=True)
-    assert (process.returncode, process.stderr, len(list(tmp_path.glob("*.png")))) == (0, "", 3)
+    assert (process.returncode, process.stderr, len(list(tmp_path.glob("*.png")))) == (0, "", 2)
 
 
 def test_no_further_process(tmp_path, monkeypatch, capsys):
@@ -682,16 +683,16 @@ def test_no_further_process(tmp_path, monkeypatch, capsys):
     def kill(dataset, lines, parent=os.getpid()):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-        return plot.draw_parameters(dataset, lines)
+        return plot.draw_validation("loss", "{}".format, dataset, lines)
 
     def no_shared_memory():
         raise FileNotFoundError("/dev/shm")
 
     record(tmp_path)
-    monkeypatch.setattr(plot, "CHARTS", dict(parameters=kill))
+    monkeypatch.setattr(plot, "CHARTS", {"val-loss": kill})
     for out in (tmp_path / "killed", tmp_path / "alone"):
         assert plot.main([str(tmp_path), "--out", str(out)]) == 0
-        assert "1 charts" in capsys.readouterr().out and (out / "mnist-parameters.png").exists()
+        assert "1 charts" in capsys.readouterr().out and (out / "mnist-val-loss.png").exists()
         monkeypatch.setattr(plot, "ProcessPoolExecutor", no_shared_memory)
 
 

@@ -2,15 +2,16 @@
 
     python plot.py runs/
 
-draws the finished runs that lie directly in each folder named and, thin and pale behind them, those of its `reference`
+draws the finished runs that lie directly in each folder named and, thin and muted behind them, those of its `reference`
 folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
-seed alone are one line, their mean. Needs neither torch nor data. Writes, for each data set, into the first folder
+seed alone are one line, their mean. Needs neither torch nor data. Prints a short table a data set, after it has written
 DATASET-table.md, -paired-table.md, -noise-table.md, -partial-noise-table.md, -attention-table.md and the charts
-DATASET-val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -partial-noise.png, -pixel-noise.png,
--relevance.png, -maps.png and -blocks.png; with --compare DATASET-comparisons.md, too.
+DATASET-pixel-noise.png, -val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -partial-noise.png,
+-relevance.png, -maps.png and -blocks.png into the first folder; with --compare DATASET-comparisons.md, too.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -21,27 +22,36 @@ import statistics
 import sys
 from collections import defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # one that a notebook set may not be installed here, and matplotlib refuses that
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
 import records
 import stats
 from records import UserError
-from stats import BASELINE
+from stats import BASELINE, in_print
 
-# Okabe and Ito's colours, then a grey and five of Paul Tol's, for colour-blind eyes; dashes and markers, for grey
-# print. 13 and 11 have no common divisor, so the first 143 models differ in colour or marker.
-COLORS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9",
-          "#882255", "#7F7F7F", "#999933", "#332288", "#44AA99", "#AA4499"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h"]
+# A model has the same colour in every chart: self-attention and its controls cool ones, differential attention warm
+# ones. Of Okabe and Ito's and Paul Tol's colours, for colour-blind eyes; markers and dashes, for grey print.
+COLORS = dict(
+    vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
+    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
+    vitdiffnonorm="#882255", vitsum="#117733", vitdiffabs="#5B3A1E", vitdiffsum="#999933")
+SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
 BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
-BAND, INTERVAL = "mean over seeds, band: one standard deviation", "mean over seeds with its 95% interval"
+# What a chart is drawn with besides matplotlib's own defaults. axes.titley: without it matplotlib searches a place for
+# each title, a tenth of the whole time.
+STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.xmargin": 0.03, "axes.axisbelow": True,
+         "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.9", "axes.spines.top": False,
+         "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "plot"}
 
 # One line of each chart and one row of each table: the runs of all seeds of one folder and the same settings, by seed.
 # settings: those of the first. front: drawn in full, as reference runs behind others are not. style: for matplotlib.
@@ -103,12 +113,13 @@ def label_lines(lines):
 def style_lines(lines, models):
     """Give each line of a chart the colour of its model, and a style that no other line has: of the first line of a
     model always the same, before and behind."""
+    strangers = [model for model in models if model not in COLORS]
+    colors = COLORS | dict(zip(strangers, itertools.cycle(SPARE_COLORS)))
     styled, taken = [], set()
     for line in lines:
-        place = models.index(line.model)
-        for n in itertools.count(place):
+        for n in itertools.count(list(colors).index(line.model)):
             dashes = DASHES[n] if n < len(DASHES) else (0, (n, 2, 1, 2))
-            style = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[n % len(MARKERS)], linestyle=dashes)
+            style = dict(color=colors[line.model], marker=MARKERS[n % len(MARKERS)], linestyle=dashes)
             if (line.front, *style.values()) not in taken:
                 break
         taken.add((line.front, *style.values()))
@@ -125,9 +136,7 @@ def arrange(own, reference=()):
     lines_of = defaultdict(list)
     for line in group_runs(own, front=True) + group_runs(reference, front=False):
         lines_of[line.settings["dataset"]].append(line)
-    # The models of the reference, and those of no plugin, have the same colours whatever they are shown with.
-    models = list(dict.fromkeys(run.settings["model"] for runs in (reference, own) for run in sorted(
-        runs, key=lambda run: (run.settings.get("plugin") is not None, run.settings["model"]))))
+    models = sorted({run.settings["model"] for run in (*own, *reference)})
     for dataset, lines in lines_of.items():
         if not any(line.front for line in lines):
             lines = [line._replace(front=True) for line in lines]
@@ -137,30 +146,53 @@ def arrange(own, reference=()):
 
 # Parts of charts. All sizes are in inches, so that no layout has to be searched for.
 
-CHARACTER, TEXT_LINE = 0.075, 0.19  # of small text
+CHARACTER, TEXT_LINE = 0.064, 0.19  # of small text
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g}%")  # as many digits as the distance of ticks needs
+UNIFORM = "uniform attention"
 
 
-def seeds_of(line):
-    return f"{line.label} ({len(line.runs)} seed{'s' if len(line.runs) > 1 else ''})"
+def lambda_blocks(run):
+    return {int(name[7:]) for name in run.metrics if re.fullmatch(r"lambda_\d+", name)}
 
 
-def new_figure(title, lines, shown, rows, columns, panel, right=0.2, gap=(0.2, 0.5), **sharing):
-    """A figure and its panels, an array (rows, columns), with room for a legend of the lines.
+def texts_of(lines):
+    return [line.label for line in lines]
 
-    shown: what is drawn of several seeds. panel, gap: width and height of a panel and of the space between two of them.
-    right: the width of the margin for what stands beside the last panel.
+
+def labelled(lines, condition=lambda run: True):
+    """The lines of only those runs for which the condition holds, labelled with their numbers of seeds if these
+    differ."""
+    lines = stats.keep_runs(lines, condition)
+    if len({len(line.runs) for line in lines}) < 2:
+        return lines
+    return [line._replace(label=f"{line.label} ({len(line.runs)} seed{'s' * (len(line.runs) > 1)})") for line in lines]
+
+
+def what_is_shown(lines):
+    """How seeds are shown, and which lines are the reference's: a note of a chart."""
+    counts = {len(line.runs) for line in lines}
+    seeds = f"mean of {max(counts)} seeds" if len(counts) == 1 else "mean over seeds"
+    notes = [f"{seeds} with its 95% interval" if max(counts) > 1 else "one seed a model"]
+    return "; ".join(notes + ["thin and muted: the reference"] * any(not line.front for line in lines))
+
+
+def new_figure(title, notes, rows, columns, panel, left=0.95, right=0.2, bottom=0.6, gap=(0.2, 0.5),
+               legend=(), **sharing):
+    """A figure and its panels, an array (rows, columns).
+
+    notes: lines of small text below the title. panel, gap: width and height of a panel and of the space between two of
+    them. left, right, bottom: margins. legend: the texts that it will have.
     """
-    notes = [shown if any(len(line.runs) > 1 for line in lines) else "one seed a model"]
-    notes += ["thin and pale: the reference"] * any(not line.front for line in lines)
-    title = f"{title}\n{'; '.join(notes)}".splitlines()
-    width = max(0.95 + columns * (panel[0] + gap[0]) - gap[0] + right, 0.1 * max(map(len, title)))
-    texts = [*map(seeds_of, lines), "uniform attention"]  # which some charts show, too
-    top, bottom = 0.35 + 0.21 * len(title), 0.65 + 0.21 * math.ceil(len(texts) / legend_columns(width, texts))
+    width = max(left + columns * (panel[0] + gap[0]) - gap[0] + right, 0.3 + 0.105 * len(title),
+                0.3 + CHARACTER * max(map(len, notes)))
+    top = 0.6 + TEXT_LINE * len(notes)
+    bottom += 0.1 + 0.19 * math.ceil(len(legend) / legend_columns(width, legend)) if legend else 0
     height = top + rows * (panel[1] + gap[1]) - gap[1] + bottom
     figure = Figure(figsize=(width, height))
-    figure.suptitle("\n".join(title), y=1 - 0.1 / height, va="top", fontsize="medium")
+    figure.suptitle(title, x=0.15 / width, y=1 - 0.1 / height, ha="left", va="top", fontsize=11.5, fontweight="bold")
+    figure.text(0.15 / width, 1 - 0.36 / height, "\n".join(notes), va="top", fontsize="small", color="0.3")
     return figure, figure.subplots(rows, columns, squeeze=False, **sharing, gridspec_kw=dict(
-        left=0.95 / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
         wspace=gap[0] / panel[0], hspace=gap[1] / panel[1]))
 
 
@@ -176,38 +208,25 @@ def legend_below(figure):
                   ncols=legend_columns(figure.get_figwidth(), handles))
 
 
-def tidy(axes, number):
-    is_percentage = number(1).endswith("%")  # ticks have as many digits as their distance needs
-    axes.yaxis.set_major_formatter((lambda value, _: f"{100 * value:.6g}%") if is_percentage
-                                   else ScalarFormatter(useOffset=False))
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def draw_mean(axes, places, columns, line, **options):
-    """The mean of columns (one a run) over places; of several runs in front a band of one standard deviation, too.
-    Returns the mean and the band's lower and upper edges, where there is none the mean as both."""
+    """The mean of columns (one a run) over places, which is returned; of several runs in front a band, its 95%
+    interval, too."""
     means = [statistics.fmean(values) for values in zip(*columns)]
-    axes.plot(places, means, **line.style, label=seeds_of(line), **options)
-    if not line.front or len(columns) < 2:
-        return means, means, means
-    deviations = [statistics.stdev(values) for values in zip(*columns)]
-    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations)] for sign in (-1, 1))
-    axes.fill_between(places, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
-    return means, low, high
+    axes.plot(places, means, **line.style, label=line.label, **options)
+    if line.front and len(columns) > 1:
+        halves = [stats.half_interval(values) for values in zip(*columns)]
+        low, high = ([mean + sign * half for mean, half in zip(means, halves)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
+    return means
 
 
-def draw_intervals(axes, places, samples, line, **options):
-    """At each place the mean of a sample, and its 95% interval where it is of several values."""
+def draw_intervals(axes, places, samples, line, across=False):
+    """At each place the mean of a sample, and its 95% interval where it is of several values; across: places are
+    heights."""
     halves = [stats.half_interval(values) for values in samples]
-    axes.errorbar(places, list(map(statistics.fmean, samples)), None if None in halves else halves, capsize=2.5,
-                  label=seeds_of(line), **line.style | options)
-
-
-def side_by_side(width, lines):
-    """How far from the middle each line's mark stands, so that together they take this width and none hides another."""
-    return [width * ((place + 0.5) / len(lines) - 0.5) for place in range(len(lines))]
+    halves, means = None if None in halves else halves, list(map(statistics.fmean, samples))
+    axes.errorbar(*((means, places, None, halves) if across else (places, means, halves)), capsize=2.5,
+                  label=line.label, **line.style | dict(linestyle="none"))
 
 
 def spread(heights, gap, low, high):
@@ -229,303 +248,368 @@ def spread(heights, gap, low, high):
 
 # Charts of the training.
 
-def published_in_front(dataset, lines):
-    """[(line, its published figures)], for each model in front once."""
-    found = {line.model: (line, stats.published_of(dataset, line)) for line in reversed(lines) if line.front}
-    return [(line, figures) for line, figures in reversed(found.values()) if figures]
+def draw_curves(title, notes, ylabel, number, lines, panels, skip=0.0):
+    """A figure of curves over epochs, panels side by side on one scale, each curve named at its end.
 
-
-def draw_curves(title, ylabel, number, lines, panels, published=(), skip=0.0):
-    """A figure of curves over epochs, panels side by side.
-
-    panels: {column of metrics.csv: heading}. number: how a value is written. published: [(line, value)], faint marks at
-    the right edge. skip: the share of the epochs that may leave the frame, so that their steepness does not flatten
-    all that follows.
+    panels: {column of metrics.csv: heading}. number: how a value is written. skip: the share of the epochs that is left
+    out at the beginning, so that their steepness does not flatten all that follows.
     """
-    texts = [line.label for line in lines if line.front] + [f"{line.model}, published" for line, _ in published]
-    margin = 0.4 + CHARACTER * (8 + max(map(len, texts), default=0))
-    figure, axes_of = new_figure(title, lines, BAND, 1, len(panels), (5.2 if len(panels) == 1 else 3.6, max(
-        3.2, TEXT_LINE * (len(texts) + 1))), right=margin, gap=(margin + 0.6, 0))
-    for axes, (column, heading) in zip(axes_of[0], panels.items()):
-        shown = stats.keep_runs(lines, lambda run: column in run.metrics)
-        seen = [value for _, value in published]  # the heights that the frame must hold
-        last = max(len(line.runs[0].metrics[column]) for line in shown)
-        ends = [(line, last, value, f"{line.model}, published", 0.65) for line, value in published]
-        for line in shown:
-            columns = [run.metrics[column] for run in line.runs]
-            epochs = range(1, len(columns[0]) + 1)
-            means, low, high = draw_mean(axes, epochs, columns, line, markevery=max(1, len(epochs) // 10))
-            first_seen = min(int(skip * last), len(epochs) - 1)
-            seen += low[first_seen:] + high[first_seen:]
-            ends += [(line, len(means), means[-1], line.label, 1.0)] * line.front
-        for line, value in published:
-            axes.plot([last], [value], marker=line.style["marker"], color=line.style["color"], alpha=0.5,
-                      markerfacecolor="none", markersize=8, linestyle="none")
-        frame = 0.06 * (max(seen) - min(seen)) or 0.01
-        axes.set_xlim(1 - max(0.02 * last, 0.1), last + max(0.02 * last, 0.1))
-        axes.set_ylim(min(seen) - frame, max(seen) + frame)
+    margin = 0.75 + CHARACTER * (8 + max(map(len, texts_of(lines))))
+    figure, (row,) = new_figure(title, [*notes, what_is_shown(lines)], 1, len(panels), (
+        5.2 if len(panels) == 1 else 3.6, max(3.4, TEXT_LINE * (len(lines) + 1))), right=margin, gap=(margin + 0.2, 0),
+        sharey=True)
+    lengths = [len(line.runs[0].metrics["epoch"]) for line in lines]
+    start = min(int(skip * max(lengths)), min(lengths) - 1)
+    ends_of = {axes: [] for axes in row}
+    for axes, column in zip(row, panels):
+        for line in stats.keep_runs(lines, lambda run: column in run.metrics):
+            columns = [run.metrics[column][start:] for run in line.runs]
+            epochs = range(start + 1, start + 1 + len(columns[0]))
+            means = draw_mean(axes, epochs, columns, line, markevery=max(1, len(epochs) // 10))
+            ends_of[axes].append((line, epochs[-1], means[-1]))
+    for axes, heading in zip(row, panels.values()):  # when all panels are drawn, so that their scale stays
+        axes.set(title=heading, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.set_xlabel("epoch")
-        axes.set_title(heading, fontsize="medium")
-        tidy(axes, number)
-        label_ends(axes, number, ends)
-    axes_of[0, 0].set_ylabel(ylabel)
-    legend_below(figure)
+        axes.autoscale_view()
+        axes.autoscale(False)
+        name_ends(axes, number, ends_of[axes])
+    row[0].set_ylabel(ylabel)
+    row[0].yaxis.set_major_formatter(PERCENT if number(1).endswith("%") else ScalarFormatter(useOffset=False))
     return figure
 
 
-def label_ends(axes, number, ends):
-    """Write what each end, (line, epoch, value, text, opacity), is and its value right of the frame, none over another,
-    with a thin line to where it belongs."""
-    low, high = axes.get_ylim()
-    gap = TEXT_LINE * (high - low) / (axes.get_position().height * axes.figure.get_figheight())
-    heights = spread([end[2] for end in ends], gap, low + gap / 2, high - gap / 2)
-    for (line, epoch, value, text, alpha), height in zip(ends, heights):
-        axes.annotate(f"{text} {number(value)}", xy=(epoch, value), xytext=(1.03, height), fontsize="small",
-                      textcoords=axes.get_yaxis_transform(), color=line.style["color"], alpha=alpha, va="center",
-                      annotation_clip=False, arrowprops=dict(arrowstyle="-", color=line.style["color"], shrinkA=0,
-                                                             alpha=0.4 * alpha, linewidth=0.7, relpos=(0, 0.5)))
+def name_ends(axes, number, ends):
+    """Write right of the frame what each end, (line, epoch, value), is, none over another, each beside a sample of its
+    line that a thin line connects with it."""
+    (low, high), box = axes.get_ylim(), axes.get_position()
+    width, height = box.width * axes.figure.get_figwidth(), box.height * axes.figure.get_figheight()
+    gap, beside = TEXT_LINE * (high - low) / height, axes.get_yaxis_transform()
+    places = spread([value for _, _, value in ends], gap, low + gap / 2, high - gap / 2)
+    for (line, epoch, value), place in zip(ends, places):
+        sample = [1 + inches / width for inches in (0.2, 0.38, 0.56)]
+        axes.annotate("", xy=(epoch, value), xytext=(sample[0], place), textcoords=beside, annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", color=line.style["color"], shrinkA=0, alpha=0.5, linewidth=0.7))
+        axes.plot(sample, [place] * 3, **line.style, markevery=[1], transform=beside, clip_on=False)
+        axes.text(1 + 0.64 / width, place, f"{line.label} {number(value)}", transform=beside, fontsize="small",
+                  va="center", color="0.1" if line.front else "0.5")
 
 
-def draw_parameters(dataset, lines):
-    """Test accuracy against parameters, with 95% intervals over seeds; where figures are published, once beside them
-    and once alone, closer."""
-    published = published_in_front(dataset, lines)
-    counts = [line.runs[0].summary["parameters"] for line in lines]
-    gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
-    places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
-    panels = {"hollow: published, one run each": published, "the same without the published": []}
-    figure, axes_of = new_figure(
-        f"{dataset}: test accuracy by parameters", lines, f"{INTERVAL}; neighbours moved apart", 1,
-        2 if published else 1, (4.2 if published else 5.5, 3), gap=(0.9, 0))
-    for axes, (heading, beside) in zip(axes_of[0], panels.items() if published else [("", [])]):
-        for line, place in zip(lines, places):
-            draw_intervals(axes, [place], [[run.summary["test_accuracy"] for run in line.runs]], line, linestyle="none")
-        for line, figures in beside:
-            axes.plot(figures.parameters, figures.test_accuracy, linestyle="none", marker=line.style["marker"],
-                      color=line.style["color"], markerfacecolor="none", markersize=8, alpha=0.7)
-        axes.set_title(heading, fontsize="medium")
-        axes.margins(0.12)
-        axes.set_xlabel("parameters")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        tidy(axes, "{:.2%}".format)
-    axes_of[0, 0].set_ylabel("test accuracy")
-    legend_below(figure)
-    return figure
-
-
-def draw_val_loss(dataset, lines):
-    published = published_in_front(dataset, lines)
-    note = f"\nhollow marks: published, one run of {published[0][1].epochs} epochs" if published else ""
-    return draw_curves(f"{dataset}: validation loss{note}", "validation loss", "{:.3f}".format, lines,
-                       dict(val_loss=""), [(line, figures.val_loss) for line, figures in published], skip=0.1)
-
-
-def draw_val_accuracy(dataset, lines):
-    return draw_curves(f"{dataset}: validation accuracy", "validation accuracy", "{:.2%}".format, lines,
-                       dict(val_accuracy=""), skip=0.1)
+def draw_validation(figure, number, dataset, lines):
+    return draw_curves(f"Validation {figure} on {in_print(dataset)}", [], f"validation {figure}", number,
+                       labelled(lines), {f"val_{figure}": ""}, skip=0.25)
 
 
 def draw_lambda(dataset, lines):
-    blocks = {int(name[7:]) for line in lines for run in line.runs for name in run.metrics
-              if re.fullmatch(r"lambda_\d+", name)}
-    if not blocks:
+    lines = labelled(lines, lambda_blocks)
+    blocks = {block for line in lines for run in line.runs for block in lambda_blocks(run)}
+    return draw_curves(
+        f"Lambda, the weight of the second attention map, on {in_print(dataset)}",
+        ["mean over heads and tokens of the validation split"], "lambda", "{:.2f}".format, lines,
+        {f"lambda_{block}": f"block {block}" for block in sorted(blocks)}) if blocks else None
+
+
+def draw_parameters(dataset, lines):
+    """Test accuracy against parameters, with 95% intervals over seeds, of two lines or more."""
+    lines = labelled(lines)
+    if len(lines) < 2:
         return None
-    lines = stats.keep_runs(lines, lambda run: any(f"lambda_{block}" in run.metrics for block in blocks))
-    return draw_curves(f"{dataset}: lambda, the weight of the second attention map\nmean over heads and tokens of the "
-                       "validation split", "lambda", "{:.3f}".format, lines,
-                       {f"lambda_{block}": f"block {block}" for block in sorted(blocks)})
-
-
-# Charts of the analyses.
-
-def draw_severities(title, lines, panels):
-    """Accuracy by severity, a panel a corruption; severity 0 is the clean test split. panels: {corruption: heading}."""
-    _, severities = stats.shared_corruptions(lines)
-    figure, grid = new_figure(title, lines, BAND, math.ceil(len(panels) / 3), 3, (3.3, 2.5), sharex=True, sharey=True)
-    for axes, (name, heading) in zip(grid.flat, panels.items()):
-        for line in lines:
-            draw_mean(axes, range(severities + 1), [
-                [run.summary["test_accuracy"], *run.noise[name][:severities]] for run in line.runs], line)
-        axes.set_title(heading, fontsize="medium")
-        tidy(axes, "{:.0%}".format)
-    for axes in grid.flat[len(panels):]:
-        axes.remove()
-    for axes in grid[:, 0]:
-        axes.set_ylabel("test accuracy")
-    for axes in grid[-1]:
-        axes.set_xlabel("severity (0: clean)")
+    counts = [line.runs[0].summary["parameters"] for line in lines]
+    gap = 0.025 * (max(counts) - min(counts)) or 1  # so that no interval hides another
+    places = spread(counts, gap, min(counts) - len(counts) * gap, max(counts) + len(counts) * gap)
+    figure, ((axes,),) = new_figure(
+        f"Test accuracy by parameters on {in_print(dataset)}",
+        [f"{what_is_shown(lines)}; neighbours moved apart"], 1, 1, (5.5, 3.2), right=0.35, legend=texts_of(lines))
+    for line, place in zip(lines, places):
+        draw_intervals(axes, [place], [[run.summary["test_accuracy"] for run in line.runs]], line)
+    axes.margins(0.08)
+    axes.set(xlabel="parameters", ylabel="test accuracy")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(PERCENT)
     legend_below(figure)
     return figure
 
 
-def draw_noise(dataset, lines):
-    lines = stats.keep_runs(lines, lambda run: run.noise)
-    names, _ = stats.shared_corruptions(lines)
-    cluttered = any(line.settings.get("distractors") for line in lines)
-    training = "trained with distractors, tested with other corruptions, too" if cluttered else (
-        "trained without corruption, tested with it")
-    return draw_severities(f"{dataset}: {training}", lines,
-                           {name: stats.readable(name) for name in names}) if names else None
+# Charts of the error under noise.
+
+FAMILIES = ["Self-attention", "Differential attention", "Adding in place of subtracting"]
 
 
-def draw_partial_noise(dataset, lines):
-    lines = stats.keep_runs(lines, stats.met_partial_noise)
-    panels = {name: f"on {part} patches" for part, name in records.PARTIAL_NOISE.items()}
-    return draw_severities(f"{dataset}: Gaussian noise on a part of the image; relevant is a patch with any of the "
-                           "object", lines, panels | {"gaussian_noise": "on the whole image"}) if lines else None
+def family_of(line):
+    """The family of a line's model, by what its runs recorded and whatever its name: self-attention has no lambda;
+    differential attention has one, and negative weights in its attention maps, for which what is subtracted need not be
+    a softmax map; a model with a lambda whose every weight is positive adds in place of subtracting."""
+    if not any(map(lambda_blocks, line.runs)):
+        return FAMILIES[0]
+    negative = [figures["negative_share"] for run in line.runs if run.attention
+                for blocks in run.attention.values() for figures in blocks.values()]
+    return FAMILIES[2 if negative and not any(negative) else 1]
+
+
+def draw_rows(title, notes, xlabel, number, lines, panels):
+    """Means and their intervals from 0, a row a line below the heading of its family, the largest mean of the last
+    panel first. panels: {heading: {label: sample}}. number: how a mean is written."""
+    *_, last = panels.values()
+    families = {family: [] for family in FAMILIES}
+    for line in sorted(lines, key=lambda line: -statistics.fmean(last[line.label])):
+        families[family_of(line)].append(line)
+    rows = {text: line for family, members in families.items() if members
+            for text, line in [(family, None), *((line.label, line) for line in members)]}
+    width = 5 if len(panels) == 1 else 2.6
+    figure, (row,) = new_figure(
+        title, [*notes, what_is_shown(lines)], 1, len(panels), (width, 0.27 * len(rows)), gap=(0.3, 0),
+        left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True)
+    for axes, (heading, samples) in zip(row, panels.items()):
+        for place, line in enumerate(rows.values()):
+            if line:
+                draw_row(axes, place, samples[line.label], line, number)
+        axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
+        axes.set(title=heading, xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+        axes.margins(x=0.6 / width)  # for the means in figures
+        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
+        axes.grid(axis="x")
+    row[0].set_yticks(range(len(rows)), rows, fontsize="small")
+    for text, line in zip(row[0].get_yticklabels(), rows.values()):
+        text.set_fontweight("normal" if line else "bold")
+    return figure, row
+
+
+def draw_row(axes, place, sample, line, number):
+    mean, half = statistics.fmean(sample), stats.half_interval(sample) or 0
+    draw_intervals(axes, [place], [sample], line, across=True)
+    axes.plot([0, mean], [place, place], color="0.8", linewidth=0.8, zorder=1)
+    axes.annotate(number(mean), (mean + math.copysign(half, mean), place), fontsize="small", va="center",
+                  xytext=(math.copysign(6, mean), 0), textcoords="offset points",
+                  ha="left" if mean >= 0 else "right", color="0.1" if line.front else "0.5",
+                  bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
 
 
 def draw_pixel_noise(dataset, lines):
-    """The mean error under Gaussian and impulse noise, a row a line, those with the fewest errors at the bottom."""
-    lines = stats.keep_runs(lines, lambda run: run.noise)
+    """The mean error under Gaussian and impulse noise."""
+    lines = labelled(lines, lambda run: run.noise)
     names, severities = stats.shared_corruptions(lines)
     if not set(stats.PIXEL_NOISES) <= set(names):
         return None
-    samples = [[stats.noise_error(run, stats.PIXEL_NOISES, severities) for run in line.runs] for line in lines]
-    order = sorted(range(len(lines)), key=lambda i: statistics.fmean(samples[i]))
-    margin = 0.3 + CHARACTER * 1.15 * max(len(seeds_of(line)) for line in lines)
-    width, height = margin + 5.2, 1.3 + 0.28 * len(lines)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes([margin / width, 0.55 / height, 5 / width, (height - 1.2) / height])
-    for place, i in enumerate(order):
-        half = stats.half_interval(samples[i])
-        axes.errorbar([statistics.fmean(samples[i])], [place], xerr=None if half is None else [half], capsize=2.5,
-                      **lines[i].style | dict(linestyle="none", alpha=1.0))
-        if lines[i].model == BASELINE:
-            axes.axvline(statistics.fmean(samples[i]), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
-    axes.set_yticks(range(len(lines)), [seeds_of(lines[i]) for i in order], fontsize="small")
-    axes.set_ylim(-0.7, len(lines) - 0.3)
-    axes.set_xlabel(f"mean test error over severities 1 to {severities}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-    axes.grid(axis="x", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{dataset}: Gaussian and impulse noise, unseen in training\n{INTERVAL}; dashed: {BASELINE}",
-                    y=1 - 0.1 / height, va="top", fontsize="medium")
+    samples = {line.label: [stats.noise_error(run, stats.PIXEL_NOISES, severities) for run in line.runs]
+               for line in lines}
+    figure, (axes,) = draw_rows(
+        f"Test error under Gaussian and impulse noise on {in_print(dataset)}", [
+            f"mean of both kinds over severities 1 to {severities}, none met in training; dashed: {BASELINE}"],
+        "test error", "{:.1%}".format, lines, {"": samples})
+    for line in lines:
+        if line.model == BASELINE:
+            axes.axvline(statistics.fmean(samples[line.label]), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(PERCENT)
     return figure
 
+
+def draw_partial_noise(dataset, lines):
+    """The difference from `vit` in the error under Gaussian noise on a part of the image, and on the whole of it."""
+    lines = labelled(lines, stats.met_partial_noise)
+    _, severities = stats.shared_corruptions(lines)
+    parts = {f"noise on {part} patches": name for part, name in records.PARTIAL_NOISE.items()}
+    panels = {heading: stats.paired_differences(lines, lambda run: 100 * stats.noise_error(run, [name], severities))
+              for heading, name in (parts | {"noise on the whole image": "gaussian_noise"}).items()}
+    *_, compared = panels.values()
+    lines = [line for line in lines if line.label in compared]
+    return draw_rows(
+        f"Gaussian noise on a part of the image, {in_print(dataset)}: test error minus that of {BASELINE}", [
+            f"mean over severities 1 to {severities}, paired by seed; relevant patches hold some of the object"],
+        "difference, points", "{:+.1f}".format, lines, panels)[0] if lines else None
+
+
+def draw_noise(dataset, lines):
+    """Test error by severity, a panel a corruption; severity 0 is the clean test split."""
+    lines = labelled(lines, lambda run: run.noise)
+    names, severities = stats.shared_corruptions(lines)
+    if not names:
+        return None
+    cluttered = any(line.settings.get("distractors") for line in lines)
+    figure, grid = new_figure(
+        f"Test error by severity of corruption on {in_print(dataset)}", [
+            "trained with distractors and no other corruption" if cluttered else "trained without corruption",
+            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
+        legend=texts_of(lines), sharex=True, sharey=True)
+    for axes, name in itertools.zip_longest(grid.flat, names):
+        if name is None:
+            axes.remove()
+            continue
+        for line in lines:
+            draw_mean(axes, range(severities + 1), [[1 - accuracy for accuracy in (
+                run.summary["test_accuracy"], *run.noise[name][:severities])] for run in line.runs], line)
+        axes.set(title=stats.readable(name).capitalize(), xlabel="severity (0: clean)", ylabel="test error")
+        axes.label_outer()
+    grid[0, 0].set_ylim(bottom=0)
+    grid[0, 0].yaxis.set_major_formatter(PERCENT)
+    legend_below(figure)
+    return figure
+
+
+# Charts of the attention.
 
 def draw_attention(title, lines, figures):
     """Figures of the class token's row of the attention maps by condition: a row of panels a figure, a column a block.
 
-    figures: {name in attention.csv: (its axis, how a value is written)}.
+    figures: {name in attention.csv: (its axis, whether it is a share)}.
     """
-    lines = stats.keep_runs(lines, lambda run: run.attention)
+    lines = labelled(lines, lambda run: run.attention)
     if not lines:
         return None
     conditions, blocks = stats.attention_axes(lines)
-    texts = [stats.readable(condition).replace(", ", "\n") for condition in conditions]
-    figure, panels = new_figure(f"{title}\nmean of the heads over the test split", lines, INTERVAL, len(figures),
-                                len(blocks), (max(3.4, 1.1 * len(conditions)), 2.4), gap=(0.2, 0.25), sharex=True,
-                                sharey="row")
-    for row, (name, (ylabel, number)) in zip(panels, figures.items()):
+    texts = [stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions]
+    figure, panels = new_figure(
+        title, [f"mean of the heads over the test split; {what_is_shown(lines)}"], len(figures), len(blocks),
+        (max(3.4, 1.1 * len(conditions)), 2.2), gap=(0.2, 0.2), legend=[*texts_of(lines), UNIFORM], sharex=True,
+        sharey="row")
+    for row, (name, (ylabel, is_share)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
-            for offset, line in zip(side_by_side(0.7, lines), lines):
+            for place, line in enumerate(lines):
                 samples = [[stats.attention_of(run, condition, block, name) for run in line.runs]
                            for condition in conditions]
-                draw_intervals(axes, [i + offset for i in range(len(conditions))], samples, line, linestyle="none")
+                beside = 0.7 * ((place + 0.5) / len(lines) - 0.5)  # so that no mark hides another
+                draw_intervals(axes, [i + beside for i in range(len(conditions))], samples, line)
             if name == "irrelevant_share":
                 for i, condition in enumerate(conditions):
                     axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",
-                              linestyle="--", linewidth=1.2, label="uniform attention")
+                              linestyle="--", linewidth=1.2, label=UNIFORM)
                 axes.set_ylim(bottom=0)  # where Student's t of few seeds goes below
             axes.set_xticks(range(len(conditions)), texts, fontsize="small")
-            tidy(axes, number)
         row[0].set_ylabel(ylabel)
+        if is_share:
+            row[0].yaxis.set_major_formatter(PERCENT)
     for axes, block in zip(panels[0], blocks):
-        axes.set_title(f"block {block}", fontsize="medium")
+        axes.set_title(f"block {block}")
     legend_below(figure)
     return figure
 
 
 def draw_relevance(dataset, lines):
     return draw_attention(
-        f"{dataset}: absolute weight of the class token on patches without any of the object",
-        lines, dict(irrelevant_share=("share of its weight", "{:.0%}".format)))
+        f"Attention to patches without any of the object on {in_print(dataset)}", lines, dict(irrelevant_share=(
+            "share of the class token's\nabsolute weight", True)))
 
 
 def draw_blocks(dataset, lines):
-    return draw_attention(f"{dataset}: the class token's row of the attention maps", lines, {
-        "entropy": ("entropy (nats)", "{:.1f}".format), "negative_share": ("negative weight", "{:.0%}".format),
-        "lambda": ("1 less the row's sum:\nlambda of the class token", "{:.1f}".format)})
+    return draw_attention(f"The class token's row of the attention maps on {in_print(dataset)}", lines, {
+        "entropy": ("entropy (nats)", False), "negative_share": ("negative weight", True),
+        "lambda": ("1 less the row's sum:\nlambda of the class token", False)})
 
 
 def draw_maps(dataset, lines):
-    """Eight images, and under them the class token's map in the last block of one run a line, with the outline of its
-    image: of all lines in front, and of `vit` behind them."""
+    """A few images, and the class token's maps of them in the last block, head by head: of one run of each line in
+    front, and of `vit` behind them."""
     lines = [line for line in stats.keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
     if not lines:
         return None
-    figure = Figure(figsize=(11, 0.9 + 1.2 * (1 + len(lines))))
-    top = 1 - 0.6 / figure.get_figheight()
-    rows = figure.subplots(1 + len(lines), 1, gridspec_kw=dict(left=0.12, right=0.93, bottom=0.02, top=top,
-                                                               hspace=0.06))
-    images, _ = lines[0].runs[0].maps
+    heads = max(line.runs[0].maps[1].shape[1] for line in lines)
+    shown = max(1, 8 // heads)  # images
+    limit = max(abs(line.runs[0].maps[1][:shown]).max() for line in lines) or 1
     seeds = " and ".join(map(str, sorted({line.runs[0].settings["seed"] for line in lines})))
-    draw_row(rows[0], "image", images.transpose(0, 2, 3, 1), images, cmap="gray_r", vmin=0, vmax=255)
-    for axes, line in zip(rows[1:], lines):
+    pitch, width, height = 1.04 * heads + 0.3, shown * (1.04 * heads + 0.3), 1.3 + 1.15 * len(lines)
+    figure, ((axes,),) = new_figure(
+        f"Attention of the class token in the last block, {in_print(dataset)}", [
+            f"weight on each patch, a column a head, seed {seeds}; one scale, with dashes below -5% of it"], 1, 1,
+        (0.88 * width, 0.88 * height), right=1.0, bottom=0.1,
+        left=0.4 + CHARACTER * max(map(len, texts_of(lines))))
+    for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
+        show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)
+    for top, line in zip(itertools.count(1.3, 1.15), lines):
         images, maps = line.runs[0].maps
-        largest = abs(maps).max() or 1
-        shown = draw_row(axes, line.label, maps, images, cmap="RdBu_r", vmin=-largest, vmax=largest)
-        for place, image in enumerate(images.max(1)):
-            if image.min() < 80 < image.max():
-                height, width = image.shape
-                axes.contour([1.06 * place + (i + 0.5) / width for i in range(width)],
-                             [1 - (i + 0.5) / height for i in range(height)], image, levels=[80], colors="black",
-                             linewidths=0.6)
-        figure.colorbar(shown, cax=axes.inset_axes([1.01, 0.05, 0.01, 0.9])).ax.tick_params(labelsize="x-small")
-    figure.suptitle(f"{dataset}: the class token's weight on each patch in the last block, mean of the heads; "
-                    f"seed {seeds}\nred: positive, blue: negative, white: none; one scale a row; black: outline of the "
-                    "image",
-                    fontsize="medium", y=1 - 0.1 / figure.get_figheight(), va="top")
+        axes.text(-0.12, top + 0.5, line.label, ha="right", va="center", fontsize="small")
+        for i, head in itertools.product(range(min(shown, len(images))), range(maps.shape[1])):
+            picture = show_map(axes, maps[i, head], images[i].max(0), i * pitch + 1.04 * head, top, limit)
+    axes.set(xlim=(-0.02, width - 0.32), ylim=(height - 0.13, -0.02))
+    axes.axis("off")
+    bar = axes.inset_axes([1 + 0.15 / width, 0.25, 0.2 / width, 0.5])
+    figure.colorbar(picture, cax=bar, label="weight").ax.tick_params(labelsize="small")
     return figure
 
 
-def draw_row(axes, label, pictures, images, **options):
-    """Pictures side by side, each 1 wide and 1 high."""
-    for place, picture in enumerate(pictures):
-        shown = axes.imshow(picture, extent=(1.06 * place, 1.06 * place + 1, 0, 1), **options)
-        axes.add_patch(Rectangle((1.06 * place, 0), 1, 1, fill=False, edgecolor="0.8"))
-    axes.set(xlim=(-0.01, 1.06 * len(pictures) - 0.05), ylim=(-0.01, 1.01), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.set_ylabel(label.replace(", ", "\n").replace(" (", "\n("), fontsize="small")
-    return shown
+def show(axes, picture, x, y, **options):
+    """A picture, 1 wide and high, with its upper left corner at (x, y) of axes whose y grows downwards."""
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="0.7", linewidth=0.6))
+    return axes.imshow(picture, extent=(x, x + 1, y + 1, y), aspect="auto", **options)
+
+
+def show_map(axes, weights, image, x, y, limit):
+    """A map with the outline of its image, and a dash on what is blue enough to be seen, for grey print."""
+    (height, width), side = image.shape, len(weights)
+    if image.min() < 80 < image.max():
+        axes.contour([x + (i + 0.5) / width for i in range(width)], [y + (i + 0.5) / height for i in range(height)],
+                     image, levels=[80], colors="black", linewidths=0.6)
+    rows, columns = (weights < -0.05 * limit).nonzero()
+    axes.scatter(x + (columns + 0.5) / side, y + (rows + 0.5) / side, (24 / side) ** 2, "black", marker="_",
+                 linewidths=0.8)
+    return show(axes, weights, x, y, cmap="RdBu_r", vmin=-limit, vmax=limit)
 
 
 # Each makes a figure of (data set, lines), or returns None where there is nothing to show.
-CHARTS = {"val-loss": draw_val_loss, "val-accuracy": draw_val_accuracy, "parameters": draw_parameters,
-          "lambda": draw_lambda, "noise": draw_noise, "partial-noise": draw_partial_noise,
-          "pixel-noise": draw_pixel_noise, "relevance": draw_relevance, "blocks": draw_blocks,
-          "maps": draw_maps}
+CHARTS = {"pixel-noise": draw_pixel_noise, "val-loss": functools.partial(draw_validation, "loss", "{:.3f}".format),
+          "val-accuracy": functools.partial(draw_validation, "accuracy", "{:.2%}".format),
+          "parameters": draw_parameters, "lambda": draw_lambda, "noise": draw_noise,
+          "partial-noise": draw_partial_noise, "relevance": draw_relevance, "blocks": draw_blocks, "maps": draw_maps}
 
 
 # The command.
+
+@contextlib.contextmanager
+def house_style():
+    """A block that draws by matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
 
 def write_chart(out, file_format, dataset, lines, name):
     """Write a chart, the same bytes at every call, and return its path; None where there is nothing to show."""
     options = dict(png=dict(pil_kwargs=dict(compress_level=1)), svg=dict(metadata={"Date": None}),
                    pdf=dict(metadata={"CreationDate": None}))
     path, content = out / f"{dataset}-{name}.{file_format}", io.BytesIO()
-    # axes.titley: without it matplotlib searches a place for each title, a tenth of the whole time.
-    with matplotlib.rc_context({"font.size": 11, "savefig.dpi": 150, "svg.hashsalt": "plot", "axes.titley": 1.0}):
+    with house_style():
         figure = CHARTS[name](dataset, lines)
         if figure is None:
             return None
-        figure.savefig(content, format=file_format, facecolor="white", **options[file_format])
+        figure.savefig(content, format=file_format, **options[file_format])
     records.write_whole(path, content.getvalue())
     return path
+
+
+def write_charts(out, file_format, datasets):
+    """Write all charts and return their number: in a process a core, or in this one where no other can be started, as
+    without /dev/shm, or one is killed."""
+    charts = [(dataset, lines, name) for dataset, lines in datasets.items() for name in CHARTS]
+    write = functools.partial(write_chart, out, file_format)
+    try:
+        with ProcessPoolExecutor() as pool:
+            return len(list(filter(None, pool.map(write, *zip(*charts)))))
+    except (OSError, NotImplementedError, BrokenProcessPool):
+        return len(list(filter(None, map(write, *zip(*charts)))))
+
+
+def say(text, stream):
+    """Print a text as far as the stream takes it: a closed pipe, a full disk or an encoding ends no work."""
+    if stream is None:  # closed before Python was started
+        return
+    encoding = stream.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # what is left is flushed again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def plot(args):
     folders, out = args.folders, args.out or args.folders[0]
     for folder in folders:
-        if (folder / "config.json").exists():
+        if os.path.exists(folder / "config.json"):
             raise UserError(f"{folder} is a run: name the folder that it lies in, {folder.parent}")
     own, skipped = records.find_runs(*dict.fromkeys(folders))
     reference, more_skipped = records.find_runs(*find_references(folders)) if args.reference else ([], [])
     for line in skipped + more_skipped:
-        print(f"skipped {line}", file=sys.stderr)
+        say(f"skipped {line}", sys.stderr)
     if args.seed:
         own, reference = ([run for run in runs if run.settings["seed"] in args.seed] for runs in (own, reference))
     if not own and not reference:
@@ -538,14 +622,12 @@ def plot(args):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
-    for dataset, lines in datasets.items():
-        for name, table in stats.make_tables(dataset, lines, args.compare).items():
-            print(table)
-            records.write_whole(out / f"{dataset}-{name}.md", table)
-    charts = [(dataset, lines, name) for dataset, lines in datasets.items() for name in CHARTS]
-    with ProcessPoolExecutor() as pool:
-        for path in filter(None, pool.map(functools.partial(write_chart, out, args.format), *zip(*charts))):
-            print(path)
+    tables = {out / f"{dataset}-{name}.md": table for dataset, lines in datasets.items()
+              for name, table in stats.make_tables(dataset, lines, args.compare).items()}
+    for path, table in tables.items():
+        records.write_whole(path, table)
+    charts = write_charts(out, args.format, datasets)
+    say(f"{stats.overview(datasets, out)}\n{len(tables)} tables and {charts} charts are in {out}", sys.stdout)
 
 
 def main(argv=None):

@@ -397,8 +397,8 @@ def attention_of(rows):
 
 
 def read_maps(folder):
-    """attention.npz: images (8, C, H, W), and the class token's weights on their patches in the last block, the mean
-    of the heads (8, H / patch, W / patch)."""
+    """attention.npz: images (8, C, H, W), and the class token's weights on their patches in the last block, head by
+    head (8, heads, H / patch, W / patch)."""
     with reading(folder / "attention.npz"):
         with zipfile.ZipFile(folder / "attention.npz") as archive:
             check(archive.testzip() is None, "a checksum is wrong")
@@ -411,7 +411,7 @@ def read_maps(folder):
         check(last.shape == (len(images), last.shape[1], side**2 + 1, side**2 + 1) and last.size and side,
               "maps are not of these images")
         check(last.dtype.kind == "f" and numpy.isfinite(last).all(), "a weight is not a finite number")
-        return images, last[:, :, 0, 1:].mean(1, dtype=float).reshape(-1, side, side)
+        return images, last[:, :, 0, 1:].reshape(*last.shape[:2], side, side).astype(float)
 
 
 # metrics: {column: list}. noise, attention and maps are as their readers return them, None where the run was not

@@ -1,12 +1,13 @@
 """What runs say together: intervals over seeds, models compared with `vit` seed by seed, and the tables of both.
 
 Student's t for intervals, the exact sign-flip permutation test for p, Holm's correction for several comparisons.
-`plot.py` prints the tables and writes them beside its charts. A line is its `Line`: the runs of a model by seed.
+`plot.py` prints the overview and writes the tables beside its charts. A line is its `Line`: a model's runs by seed.
 """
 
 import functools
 import math
 import statistics
+import textwrap
 from collections import namedtuple
 
 import numpy
@@ -14,6 +15,8 @@ import numpy
 import records
 
 BASELINE = "vit"  # what every other model is compared with
+IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10",
+            "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
 PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the other corruptions
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
@@ -65,19 +68,29 @@ def detectable_difference(differences):
     return half * (1 + t_quantile(freedom, 0.6) / t_quantile(freedom))  # 20% of T are below -t_quantile(freedom, 0.6)
 
 
-def sign_flip_p(differences):
-    """The two-sided p of the sign-flip permutation test: the share of all choices of signs for the differences whose
-    sum is as far from 0 as theirs, or further. From the 21st difference on, signs are drawn: 2^20 choices in all."""
-    sums, random = numpy.zeros(1), numpy.random.default_rng(0)
-    for difference in differences:
+def signed_sums(values, random):
+    """The sums of values for all choices of their signs, as they are first. From the 21st value on, signs are drawn:
+    2^20 choices in all."""
+    sums = numpy.zeros(1)
+    for value in values:
         if len(sums) < 2**20:
-            sums = numpy.concatenate([sums + difference, sums - difference])
+            sums = numpy.concatenate([sums + value, sums - value])
         else:
             signs = random.choice([-1, 1], len(sums))
-            signs[0] = 1  # the first choice is the differences as they are, so that p is never 0
-            sums += difference * signs
-    rounding = 1e-9 * sum(map(abs, differences))
-    return numpy.mean(abs(sums) >= abs(sum(differences)) - rounding).item()
+            signs[0] = 1  # the first choice is the values as they are, so that p is never 0
+            sums += value * signs
+    return sums
+
+
+def sign_flip_p(differences):
+    """The two-sided p of the sign-flip permutation test: the share of all choices of signs for the differences whose
+    sum is as far from 0 as theirs, or further. Exact for up to 40 differences."""
+    random, half = numpy.random.default_rng(0), len(differences) // 2
+    first, second = (signed_sums(part, random) for part in (differences[:half], differences[half:]))
+    second.sort()  # each sum is one of the first half and one of the second: these are counted, not added
+    least = abs(sum(differences)) - 1e-9 * sum(map(abs, differences))  # rounding keeps no sum from reaching itself
+    far = len(second) - numpy.searchsorted(second, least - first) + numpy.searchsorted(second, -least - first, "right")
+    return min(1.0, far.sum().item() / (len(first) * len(second)))
 
 
 def holm(p_values):
@@ -158,6 +171,10 @@ def published_of(dataset, line):
     """The published figures of a line's model, if it has as many parameters; None for any other."""
     figures = PUBLISHED.get((dataset, line.model))
     return figures if figures and abs(line.runs[0].summary["parameters"] / figures.parameters - 1) <= 0.03 else None
+
+
+def in_print(dataset):
+    return IN_PRINT.get(dataset, dataset)
 
 
 def readable(name):
@@ -438,3 +455,48 @@ def make_tables(dataset, lines, compared=()):
         "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
     }
     return {name: table for name, table in tables.items() if table}
+
+
+# What is printed.
+
+SCREEN, WIDTH = 40, 100  # lines and characters
+OVERVIEW_NOTE = f"""Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval.
+Noise error: mean test error under Gaussian and impulse noise."""
+
+
+def overview_rows(dataset, lines):
+    """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
+    noise = keep_runs(lines, lambda run: run.noise)
+    names, severities = shared_corruptions(noise)
+    met_noise = {line.label: line.runs for line in noise} if set(PIXEL_NOISES) <= set(names) else {}
+    comparisons = compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
+    rows = [["seeds", "parameters", "val loss", "accuracy", f"minus {BASELINE}, points", "noise error"]]
+    for line in lines:
+        errors = [noise_error(run, PIXEL_NOISES, severities) for run in met_noise.get(line.label, [])]
+        loss, accuracy = (statistics.fmean(run.summary[name] for run in line.runs)
+                          for name in ("val_loss", "test_accuracy"))
+        rows.append([str(len(line.runs)), f"{line.runs[0].summary['parameters']:,}", f"{loss:.4f}", f"{accuracy:.2%}",
+                     comparison_cells(comparisons.get(line.label), 2)[0],
+                     f"{statistics.fmean(errors):.1%}" if errors else ""])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    cells = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    labels = [in_print(dataset), *(line.label for line in lines)]
+    room = min(max(map(len, labels)), WIDTH - len(cells[0]) - 2)
+    wrapped = [textwrap.wrap(label, room, subsequent_indent="  ") for label in labels]
+    return ["\n".join([f"{first.ljust(room)}  {text}".rstrip(), *more])
+            for (first, *more), text in zip(wrapped, cells)]
+
+
+def overview(lines_of, out):
+    """What is printed of {data set: lines} whose tables are in the folder `out`: a table each, with as many rows as the
+    screen has room for; it holds one more line."""
+    tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
+    for most in range(SCREEN, -1, -1):
+        text = ""
+        for dataset, (heading, *rows) in tables.items():
+            more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
+            text += "\n".join([heading, *rows[:most], *more, "\n"] if most else [*more, ""])
+        text += OVERVIEW_NOTE
+        if text.count("\n") + 2 <= SCREEN:
+            break
+    return text

@@ -847,7 +847,8 @@ def execute_plugin(path):
     module = sys.modules["plugin"] = types.ModuleType("plugin")
     module.__file__ = str(path)
     exec(compile(source, path, "exec"), vars(module))
-    return f"{path.name} {sha256(source)[:12]}"
+    digits = sha256(source)[:12]
+    return f"{path.name.replace(f'-{digits}.py', '.py')} {digits}"  # a kept copy stands for what it is a copy of
 
 
 def plugin_name(settings):

@@ -248,6 +248,8 @@ MINE = SMALL + """
 
 import torch
 
+import train
+
 from vit import MODELS
 
 
@@ -270,7 +272,7 @@ train.lr_factor = lambda *arguments: 0.5
 
 def test_plugin_as_a_user_has_it(tmp_path, monkeypatch, capsys):
     """As a user does it: a plugin adds a row to MODELS and changes the program that runs, the run is trained and
-    analysed with it, and analysed again with its own copy, whatever became of the file."""
+    analysed with it, and analysed again with the kept copy, whatever became of the file."""
     path, folder = run_plugin(tmp_path, monkeypatch, MINE), tmp_path / "runs/mnist-vitmean-seed0"
     process = launch("train.py", "--plugin", path, "--model", "vitmean", *TINY, "--analysis", "--epochs", "1",
                      "--runs-dir", tmp_path / "runs")
@@ -289,7 +291,8 @@ def test_plugin_as_a_user_has_it(tmp_path, monkeypatch, capsys):
     records.write_config(other, read_json(folder / "config.json")["settings"] | dict(plugin=None), {})
     assert run_analysis(folder, other) == 2
     assert_one_line(capsys, "plugin")
+    (kept,) = (tmp_path / "runs/plugins").iterdir()
     for content in (MINE + "\n", None):
-        (folder / path.name).write_text(content) if content else (folder / path.name).unlink()
+        kept.write_text(content) if content else kept.unlink()
         assert run_analysis(folder) == 2
-        assert_one_line(capsys, folder / path.name)
+        assert_one_line(capsys, folder, "no copy lies in")

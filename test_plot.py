@@ -75,8 +75,8 @@ def analyse(folder, accuracies, share=0.2, entropy=2.0, negative=0.0, weight=0.1
 
 def lines_in(*folders):
     """{data set: {label: line}} as the command would draw the folders."""
-    own, _ = plot.find_runs(*folders)
-    reference, _ = plot.find_runs(*plot.find_references(folders))
+    own, _ = records.find_runs(*folders)
+    reference, _ = records.find_runs(*plot.find_references(folders))
     return {dataset: {line.label: line for line in lines} for dataset, lines in plot.arrange(own, reference).items()}
 
 
@@ -124,8 +124,7 @@ def test_fresh_clone(tmp_path):
         **dict.fromkeys(["fashionmnist", "mnist"], ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"])}
     assert all(line.front for lines in datasets.values() for line in lines.values())
     row = cells_of(stats.make_tables("mnist", list(datasets["mnist"].values()))["table"])["vitdiffpaper"]
-    losses = [json.loads((REFERENCE / f"mnist-vitdiffpaper-seed{seed}/summary.json").read_text())["test_loss"]
-              for seed in range(20)]
+    losses = [records.read_summary(REFERENCE / f"mnist-vitdiffpaper-seed{seed}")["test_loss"] for seed in range(20)]
     assert row["test loss"].startswith(f"{statistics.fmean(losses):.4f} ± ") and row["seeds"] == "20"
 
 
@@ -557,16 +556,16 @@ def damaged(chance, path, content):
 
 def test_damage(tmp_path):
     """A damaged run is named and left out, or it was read right: no other figure without a word, and no traceback."""
-    for name in ("mnist-vit-seed0", "mnist-vit-seed1", "mnist-vitdiff-seed0", "clutteredmnist-vitdiffv2-seed0"):
+    for name in ("mnist-vit-seed0", "fashionmnist-vit-seed0", "mnist-vitdiff-seed0", "clutteredmnist-vitdiffv2-seed0"):
         shutil.copytree(REFERENCE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pt", "args.txt"))
     content = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    right = {run.folder: figures_of(run) for run in plot.find_runs(tmp_path)[0]}
+    right = {run.folder: figures_of(run) for run in records.find_runs(tmp_path)[0]}
     chance, named = random.Random(16), 0
     for i in range(240):
         path = chance.choice(list(content))
         data = damaged(chance, path, content)
         path.unlink() if data is None else path.write_bytes(data)
-        runs, skipped = plot.find_runs(tmp_path)
+        runs, skipped = records.find_runs(tmp_path)
         read = {run.folder: figures_of(run) for run in runs}
         assert read == {folder: figures for folder, figures in right.items() if folder in read}
         if path.parent not in read:
@@ -604,7 +603,7 @@ def test_damage_without_checksums(tmp_path, name, content):
                                         map_0=numpy.ones(content[0], numpy.float16)))
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    runs, (line,) = plot.find_runs(tmp_path)
+    runs, (line,) = records.find_runs(tmp_path)
     assert len(runs) == 3
     assert str(path.parent) in line and (name in line or "epochs" in content)  # metrics.csv has not as many
 
@@ -640,7 +639,7 @@ def test_what_is_printed(tmp_path):
     """A table a data set with the figures of the records, in lines of at most 100 characters."""
     record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
     record(tmp_path, dataset="kmnist", model="vitwith" + 5 * "averylongname")
-    text = stats.overview(plot.arrange(plot.find_runs(tmp_path)[0]), tmp_path).splitlines()
+    text = stats.overview(plot.arrange(records.find_runs(tmp_path)[0]), tmp_path).splitlines()
     cells = [re.split("  +", line) for line in text]
     assert cells[-5:-2] == [
         ["vit", "2", "33,034", "0.5050", "98.00%", "25.0%"],
@@ -655,7 +654,7 @@ def test_a_screen(tmp_path, datasets, models):
     """However many lines there are, 40 are printed at most, all of them where they fit; what is left out is said."""
     for dataset, model in itertools.product(range(datasets), range(models)):
         record(tmp_path, f"model{model}", dataset=f"data{dataset}", epochs=1)
-    text = stats.overview(plot.arrange(plot.find_runs(tmp_path)[0]), tmp_path).splitlines()
+    text = stats.overview(plot.arrange(records.find_runs(tmp_path)[0]), tmp_path).splitlines()
     left = sum(int(line.split()[1]) for line in text if line.startswith("... "))
     assert len(text) + 1 <= 40 and sum(line.startswith("model") for line in text) + left == datasets * models
     assert (left > 0) == (datasets * (models + 2) + 3 > 40)

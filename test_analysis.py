@@ -248,6 +248,7 @@ MINE = SMALL + """
 
 import torch
 
+import train
 from vit import MODELS
 
 

@@ -148,7 +148,8 @@ def attention_batches(split, settings, shown, corruption, severity):
     which of their patches have any of the object, and anything at all, (B, P)."""
     for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
         relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
-        images = data.normalize(data.corrupt(pixels, corruption, severity, first, split), settings["dataset"])
+        corrupted = data.corrupt(pixels, corruption, severity, first, split, shown)
+        images = data.normalize(corrupted, settings["dataset"])
         yield from data.cache_sized(images, relevant, ink)
 
 
@@ -212,19 +213,18 @@ def picture_attention(model, split, settings):
 
 
 def measure_noise(model, split, settings):
-    """The rows of noise.csv: each corruption of whole images, and Gaussian noise on a part of their patches."""
-    corruptions = {name: (name, None) for name in data.CORRUPTIONS}
-    corruptions |= {name: ("gaussian_noise", part) for part, name in records.PARTIAL_NOISE.items()}
+    """The rows of noise.csv: test loss and accuracy under each corruption, and by which amount it was measured."""
     rows = []
-    for (name, (corruption, part)), severity in itertools.product(corruptions.items(), range(1, 6)):
-        loss, accuracy = evaluate(model, split, settings, corruption, severity, part)
-        rows.append(dict(corruption=name, severity=severity, test_loss=loss, test_accuracy=accuracy))
+    for name, severity in itertools.product(data.CORRUPTIONS, range(1, 6)):
+        loss, accuracy = evaluate(model, split, settings, name, severity)
+        amount = data.get_amount(name, severity, data.DATASETS[settings["dataset"]]["in_channels"])
+        rows.append(dict(corruption=name, severity=severity, amount=amount, test_loss=loss, test_accuracy=accuracy))
     return rows
 
 
 def analyse(folder, model, split, settings):
     """Write noise.csv, what corruption does to a trained model, and attention.csv and .npz, what it attends to."""
-    records.write_csv(folder / "noise.csv", measure_noise(model, split, settings))
+    records.write_csv(folder / "noise.csv", measure_noise(model, split, settings), amount="{:g}")
     records.write_csv(folder / "attention.csv", measure_attention(model, split, settings))
     records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
 

@@ -9,51 +9,19 @@ at the end of each run. The model is made from config.json, and from the run's c
 import argparse
 import itertools
 import math
-import os
-import platform
 import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import machine
 import records
 from diff_attention import SizeError
 from records import UserError
 from vit import MODELS, build_model
-
-
-def started_by_torchrun():
-    return distributed.is_available() and distributed.is_torchelastic_launched()
-
-
-def pick_device(name):
-    """The torch.device that --device names, or a UserError where this machine does not have it.
-
-    Of processes that torchrun started, each takes a CUDA device of its own.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK'] if started_by_torchrun() else 0}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not available ({records.first_line(error)}): try --device auto") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that the same seed gives the same record
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    return device
-
-
-def name_device(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def make_model(settings):
@@ -261,7 +229,7 @@ def analyse_run(folder, device, data_dir):
 def analyse_runs(args):
     if len({records.read_config(folder)[0].get("plugin") for folder in args.runs}) > 1:
         raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
-    device = pick_device(args.device)
+    device = machine.pick_device(args.device)
     for folder in args.runs:
         analyse_run(folder, device, args.data_dir)
 

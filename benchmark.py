@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 import analysis
 import data
+import machine
 import records
+import stack
 import train
 
 GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 6, 4, 2], batch_size=[32, 128, 512, 2048])
@@ -32,17 +34,18 @@ NOTES = dict(
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
 
-def make_step(settings, seeds, splits, device, compiled):
-    """A function of nothing that takes one whole training step of a stack: batch, augmentation, forward, backward,
-    clipping, optimizer."""
-    stack = train.Stack(settings, seeds, "", device, captured=compiled and device.type == "cuda")
-    if compiled and not stack.captured:
-        train.compile_forward(stack, settings, settings["batch_size"], required=True)
-    images, labels = splits["train"]
-    copies = math.ceil(2 * ROUNDS * CALLS * settings["batch_size"] / len(labels))  # so that no epoch ends meanwhile
-    split = data.Split(images.repeat(copies, 1, 1, 1), labels.repeat(copies))
-    batches = train.train_stack(stack, splits | dict(train=split), settings)
-    return lambda: next(batches)
+def make_step(settings, seeds, split, device, compiled):
+    """A function of nothing that takes one whole training step of a stack, as train.py does: batch, augmentation,
+    forward, backward, clipping, optimizer."""
+    runs = train.make_runs(settings, seeds, "", device, compiled, required=True)
+    epochs = (train.epoch_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
+    batches = (batch for epoch in epochs for batch in epoch if batch[1].shape[1] == settings["batch_size"])
+
+    def step():
+        train.set_lr(runs.optimizer, 0.1)  # of the peak, at which nothing diverges
+        return runs.fast_step(*next(batches))
+
+    return step
 
 
 def measure_seconds(function, device):
@@ -76,17 +79,17 @@ def benchmark_steps(experiments, splits, device, with_compiled):
     """Rows of benchmark.csv: each experiment by one seed and, where several are given, by their stack; plain and, if
     so wanted, compiled."""
     rows, steps, evaluations = [], [], []
-    for settings, facts, seeds, _ in experiments:
+    for settings, facts, all_seeds, _ in experiments:
         flops, dataset = training_flops(settings), settings["dataset"]
         model = analysis.make_model(settings).to(device)
-        for stack, compiled in itertools.product(dict.fromkeys([(seeds[0],), tuple(seeds)]),
+        for seeds, compiled in itertools.product(dict.fromkeys([(all_seeds[0],), tuple(all_seeds)]),
                                                  [False, True] if with_compiled else [False]):
             begin = time.perf_counter()
-            steps.append(make_step(settings, list(stack), splits[dataset], device, compiled))
+            steps.append(make_step(settings, list(seeds), splits[dataset]["train"], device, compiled))
             measure_seconds(steps[-1], device)
             evaluations.append(lambda model=model, split=splits[dataset]["val"], settings=settings:
                                analysis.evaluate(model, split, settings))
-            rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(stack), compiled=compiled,
+            rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                              batch_size=settings["batch_size"], parameters=facts["parameters"],
                              training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
@@ -131,7 +134,7 @@ def benchmark_growth(experiments, splits, device):
             tokens = (side // grown["patch_size"]) ** 2 + 1
             if side % grown["patch_size"] or tokens > 257:
                 continue
-            step = make_step(grown, seeds[:1], splits[settings["dataset"]], device, compiled=False)
+            step = make_step(grown, seeds[:1], splits[settings["dataset"]]["train"], device, compiled=False)
             step()
             row = dict(dataset=settings["dataset"], model=settings["model"],
                        size="tokens" if size == "patch_size" else size, value=tokens if size == "patch_size" else value)
@@ -175,28 +178,28 @@ def markdown(header, rows):
 
 
 def run_benchmark(args):
-    if analysis.started_by_torchrun():
+    if machine.started_by_torchrun():
         raise records.UserError("benchmark.py takes one process: leave out torchrun")
     plugin = records.execute_plugin(args.plugin) if args.plugin else None
     train.check_flags(args)
-    device = analysis.pick_device(args.device)
+    device = machine.pick_device(args.device)
     experiments = train.plan_experiments(args, device, plugin)
     splits = {name: data.load_splits(name, args.data_dir, device)
               for name in dict.fromkeys(experiment.settings["dataset"] for experiment in experiments)}
-    train.warn_if_busy(device)
+    machine.warn_if_busy(device)
     torch._dynamo.config.recompile_limit = 10 * len(experiments)  # so that all can stay compiled side by side
     if args.growth:
         name, rows = "growth", benchmark_growth(experiments, splits, device)
         table = growth_table(rows)
     else:
-        with_compiled = train.is_compiled(args.compile, train.COMPILED_STEPS, device)
+        with_compiled = stack.is_compiled(args.compile, stack.COMPILED_STEPS, device)
         name, rows = "benchmark", benchmark_steps(experiments, splits, device, with_compiled)
         table = steps_table(rows)
-    machine = dict(device_name=analysis.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
-    table += (f"\n{NOTES[name]} Measured on {machine['device_name']}, with {machine['threads']} threads on the CPU, by "
-              f"torch {machine['torch']}.\n")
+    here = dict(device_name=machine.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
+    table += (f"\n{NOTES[name]} Measured on {here['device_name']}, with {here['threads']} threads on the CPU, by "
+              f"torch {here['torch']}.\n")
     with records.locked(args.runs_dir):
-        records.write_csv(args.runs_dir / f"{name}.csv", [row | machine for row in rows], number="{:.6g}")
+        records.write_csv(args.runs_dir / f"{name}.csv", [row | here for row in rows], number="{:.6g}")
         records.write_whole(args.runs_dir / f"{name}.md", table)
     print(table, end="")
 
@@ -206,7 +209,7 @@ def main(argv=None):
     parser = train.make_parser("benchmark.py", __doc__)
     parser.add_argument("--growth", action="store_true", help="time growing sizes in place of seeds and compilation")
     args = train.parse_flags(argv, parser)
-    train.keep_freed_memory()
+    machine.keep_freed_memory()
     return records.exit_status("benchmark.py", run_benchmark, args)
 
 

@@ -1,8 +1,6 @@
-"""The optimizer of stacks of seeds: Muon for their matrices, all seeds at once, and AdamW for the rest, as one
-optimizer, so that a step is taken or skipped as a whole.
+"""Muon (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon), for the matrices of many models at once.
 
-Muon is by Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon. torch.optim.Muon does the
-same to single matrices, one by one and in bfloat16, and takes several times as long.
+torch.optim.Muon does the same to single matrices, one by one and in bfloat16, and takes several times as long.
 """
 
 import math
@@ -78,38 +76,3 @@ class Muon(torch.optim.Optimizer):
         matrices.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
         if self.adamw:
             self.adamw.step()
-
-
-def group_parameters(model, optimizer):
-    """The parameters to train by how they are trained: {"muon" or "decayed": {name: shape}, "rest": {name: shape}}."""
-    matrices, groups = "muon" if optimizer == "muon" else "decayed", {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_rest = parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name
-            groups.setdefault("rest" if is_rest else matrices, {})[name] = parameter.shape
-    return dict(sorted(groups.items()))  # the matrices first
-
-
-def make_optimizer(leaves, shapes, settings, captured):
-    """One optimizer of all leaves. Its groups have their peak learning rate as `peak_lr`; `lr` is a tensor, as a CUDA
-    graph would take a number for a constant."""
-    device = leaves["rest"].device
-    groups = [dict(params=[leaves[name]], weight_decay=decay, peak_lr=settings["lr"],
-                   lr=torch.tensor(settings["lr"], device=device))
-              for name, decay in [("decayed", settings["weight_decay"]), ("rest", 0.0)] if name in leaves]
-    adamw = torch.optim.AdamW(groups, fused=True, capturable=captured)
-    if "muon" not in leaves:
-        return adamw
-    muon = Muon(leaves["muon"], list(shapes["muon"].values()), torch.tensor(settings["muon_lr"], device=device),
-                settings["weight_decay"], adamw=adamw)
-    muon.param_groups[0]["peak_lr"] = settings["muon_lr"]
-    return muon
-
-
-def cut_weights(leaves, shapes):
-    """{group: (S, P)} -> {name: (S, *shape)}, views."""
-    weights = {}
-    for group, leaf in leaves.items():
-        pieces = leaf.split([shape.numel() for shape in shapes[group].values()], dim=1)
-        weights |= {name: piece.view(-1, *shape) for (name, shape), piece in zip(shapes[group].items(), pieces)}
-    return weights

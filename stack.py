@@ -1,0 +1,216 @@
+"""Many seeds as one module: the stacked weights, the forward pass, torch.compile and the CUDA graph.
+
+A model of 38 thousand parameters is many small products, and to start a product takes as long as to compute it. So the
+models of S seeds are trained side by side: their weights are rows of one tensor, and a product is that of all of them.
+
+    net.matrices, net.rest      (S, P) each             row s has the weights of seed s, one after the other
+    net.weights()["head.fc1.weight"]    (S, 128, 32)    a view of some columns, so gradients arrive in the rows
+    images -> net(images)       (S, B, C, H, W) -> (S, B, classes)      each seed has images and dropout of its own
+    losses                      (S,)                    row s of the gradient of their sum is the gradient of loss s
+
+torch.vmap calls one model with each row's weights, all rows at once; the optimizer sees two tensors in place of forty.
+A single model is a stack of one, for which vmap is left out, and nothing that uses a stack asks how many it holds.
+"""
+
+import functools
+import os
+import shutil
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import machine
+import muon
+import records
+from records import UserError
+
+STACKED_TOKENS = 64  # on a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one
+COMPILED_STEPS = 5_000  # on a CPU, stacks of fewer training steps, each seed's counted, take less time than compiling
+
+
+class StackedModel(nn.Module):
+    """S models of one architecture as one module: images (S, B, C, H, W) -> logits (S, B, classes).
+
+    Its parameters are `matrices` and `rest` (S, P), as group_parameters divides the weights; each model's weights are
+    copied. `shapes` is {"matrices": {name: shape}, "rest": {name: shape}}, in the order of the columns.
+    `template` is the first model, which is called with the weights of each seed and holds buffers and frozen
+    parameters. It is no submodule: its own weights are not used, and are not among the parameters.
+    """
+
+    def __init__(self, models):
+        super().__init__()
+        self.shapes = group_parameters(models[0])
+        for group, names in self.shapes.items():
+            rows = [torch.cat([model.get_parameter(name).detach().flatten() for name in names]) for model in models]
+            self.register_parameter(group, nn.Parameter(torch.stack(rows)))
+        object.__setattr__(self, "template", models[0].train())
+
+    def weights(self):
+        """{name: (S, *shape)}, views of the parameters."""
+        weights = {}
+        for group, shapes in self.shapes.items():
+            pieces = getattr(self, group).split([shape.numel() for shape in shapes.values()], dim=1)
+            weights |= {name: piece.view(-1, *shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+        return weights
+
+    def forward(self, images):
+        weights = self.weights()
+        if len(images) == 1:
+            weights = {name: weight.squeeze(0) for name, weight in weights.items()}
+            return functional_call(self.template, weights, images[0]).unsqueeze(0)
+        return torch.vmap(functional_call, in_dims=(None, 0, 0), randomness="different")(
+            self.template, weights, images)
+
+    def model_state(self, i):
+        """The state dict of model i: its weights, and the buffers and frozen parameters of the template."""
+        return self.template.state_dict() | {name: weight.detach()[i] for name, weight in self.weights().items()}
+
+
+def group_parameters(model):
+    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}.
+
+    Muon or weight decay are for the matrices; the rest are norms, biases, tokens and lambda.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_rest = parameter.ndim < 2 or name in ("cls_token", "pos_embed") or "lambda" in name
+            groups.setdefault("rest" if is_rest else "matrices", {})[name] = parameter.shape
+    return dict(sorted(groups.items()))
+
+
+def make_optimizer(net, settings):
+    """One optimizer of all the weights of a StackedModel: Muon for the matrices, or AdamW for all.
+
+    Each of its groups has its peak learning rate as `peak_lr`; `lr` is a tensor, as a CUDA graph would take a number
+    for a constant.
+    """
+    def group(leaf, lr, weight_decay):
+        return dict(params=[leaf], lr=torch.tensor(lr, device=leaf.device), peak_lr=lr, weight_decay=weight_decay)
+
+    leaves, decay, with_muon = dict(net.named_parameters()), settings["weight_decay"], settings["optimizer"] == "muon"
+    groups = [group(leaf, settings["lr"], decay if name == "matrices" else 0.0)
+              for name, leaf in leaves.items() if name == "rest" or not with_muon]
+    adamw = torch.optim.AdamW(groups, fused=True)
+    if not with_muon or "matrices" not in leaves:
+        return adamw
+    optimizer = muon.Muon(net.matrices, list(net.shapes["matrices"].values()), torch.tensor(
+        settings["muon_lr"], device=net.matrices.device), decay, adamw=adamw)
+    optimizer.param_groups[0]["peak_lr"] = settings["muon_lr"]
+    return optimizer
+
+
+# What last.pt holds of a stack, as plain tensors.
+
+def get_state(net, optimizer, scaler):
+    return dict(leaves=dict(net.named_parameters()), buffers=dict(net.template.named_buffers()),
+                optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
+
+
+@torch.no_grad()
+def set_state(net, optimizer, scaler, state):
+    for leaf, saved in zip(net.parameters(), state["leaves"].values(), strict=True):
+        leaf.copy_(saved)
+    net.template.load_state_dict(state["buffers"], strict=False)
+    optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
+    scaler.load_state_dict(state["scaler"])
+
+
+# How many seeds side by side.
+
+def default_size(tokens, device):
+    """How many seeds are trained side by side at most, where --stack does not say; tokens: of an image."""
+    return 1 if device.type == "cpu" and tokens > STACKED_TOKENS else sys.maxsize
+
+
+def find_obstacle(models, images, amp):
+    """Why these models cannot be trained side by side, or None where they can.
+
+    They may be on meta, and so may images (S, B, C, H, W).
+    """
+    if amp == "float16":
+        return "they would share the scale of their float16 gradients"
+    if list(models[0].buffers()) or not all(parameter.requires_grad for parameter in models[0].parameters()):
+        return "they would share buffers or frozen parameters"
+    try:
+        StackedModel(models)(images)
+    except RuntimeError as error:
+        return f"torch.vmap does not take this model: {records.first_line(error)}"
+
+
+# Compiled and captured.
+
+def is_compiled(choice, stack_steps, device):
+    """Whether --compile, with auto decided, asks for compilation; stack_steps: training steps times seeds."""
+    if choice != "auto" or device.type != "cpu":
+        return choice == "yes"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return stack_steps >= COMPILED_STEPS and shutil.which(compiler) is not None
+
+
+def accelerate(step, net, optimizer, images, amp, required):
+    """A faster function for batches of the size of `images` (S, B, C, H, W) alone, which does what step(net, ...) does:
+    on a CPU `net` is compiled, on CUDA the step is captured. None, after a line that says why, where that cannot be.
+
+    Raises:
+        UserError: if compiling fails and is `required`.
+    """
+    if images.device.type != "cuda":
+        compiled = compile_model(net, images, amp, required)
+        return None if compiled is None else functools.partial(step, compiled)
+    if machine.world_size() > 1 or amp == "float16":
+        print("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler",
+              flush=True)
+        return None
+    return capture(functools.partial(step, net), optimizer)
+
+
+def compile_model(net, images, amp, required):
+    """The net compiled for images of this shape, tried forward and backward; None where that fails."""
+    compiled, template = torch.compile(net, dynamic=False), net.template
+    buffers = {name: buffer.clone() for name, buffer in template.named_buffers()}
+    try:
+        with torch.autocast(**machine.precision(amp, images.device)):
+            logits = compiled(images)
+        logits.float().sum().backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        problem = f"--compile does not work here ({records.first_line(error)}): it needs a C++ compiler such as g++"
+        if required:
+            raise UserError(f"{problem}; leave it out") from None
+        print(f"{problem}; training goes on without", flush=True)
+        return None
+    net.zero_grad()
+    template.load_state_dict(buffers, strict=False)  # which the trial may have changed
+    return compiled
+
+
+def capture(step, optimizer):
+    """The step as one CUDA graph, captured at the fourth batch. The first three run as they are, on a stream of their
+    own: what is allocated when first needed must exist before the capture. All batches have the same shape."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True  # without which AdamW refuses to be captured
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # in those three
+    stream, graph, inputs, outputs, batches = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, None, 0
+
+    def run(images, labels, share):
+        nonlocal inputs, outputs, batches
+        batches += 1
+        if batches <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = step(images, labels, share)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if inputs is None:
+            inputs = images.clone(), labels.clone()
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = step(*inputs, share)
+        inputs[0].copy_(images)
+        inputs[1].copy_(labels)
+        graph.replay()
+        return outputs
+
+    return run

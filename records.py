@@ -33,7 +33,7 @@ try:
 except ImportError:  # on Windows, where nothing keeps two processes off the same run
     fcntl = None
 
-ANALYSIS = ["noise.csv", "attention.csv", "attention.npz"]
+ANALYSIS = ["noise.csv", "attention.csv", "attention.npz", "response.csv"]
 CHARTED = ["config.json", "metrics.csv", *ANALYSIS]  # read by plot.py, besides summary.json, which has their checksums
 FILES = ["summary.json", "config.json", "args.txt", "metrics.csv", *ANALYSIS, "best.pt", "last.pt"]
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
@@ -47,6 +47,8 @@ SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accura
 PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
                      "signal_to_noise"]
+RESPONSE_FIGURES = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "common_share_1", "common_share_2",
+                    "common_share", "noise_cosine", "signal_cosine"]
 
 
 class UserError(Exception):
@@ -343,9 +345,26 @@ def read_maps(folder):
         return images, last[:, :, 0, 1:].mean(1, dtype=float).reshape(-1, side, side)
 
 
-# metrics: {column: list}. noise, attention and maps are as their readers return them, None where the run was not
-# analysed.
-Run = namedtuple("Run", "folder settings facts metrics summary noise attention maps")
+def read_response(folder):
+    """response.csv as {condition: {block: {figure: its mean over the heads, or None where it is empty}}}."""
+    with reading(folder / "response.csv"):
+        heads = {}
+        for row in read_csv(folder / "response.csv"):
+            check(isinstance(row["condition"], str), "a condition is not a name")
+            check_finite([row[name] for name in RESPONSE_FIGURES if row[name] != ""], "a figure")
+            rows = heads.setdefault(row["condition"], {}).setdefault(row["block"], [])
+            check(row["head"] == len(rows), "heads are not 0, 1, ...")
+            rows.append(row)
+        for blocks in heads.values():
+            check(list(blocks) == list(range(len(blocks))), "blocks are not 0, 1, ...")
+        return {condition: {int(block): {name: None if any(row[name] == "" for row in rows)
+                                         else sum(row[name] for row in rows) / len(rows) for name in RESPONSE_FIGURES}
+                            for block, rows in blocks.items()} for condition, blocks in heads.items()}
+
+
+# metrics: {column: list}. noise, attention, maps and response are as their readers return them, None where the run was
+# not analysed.
+Run = namedtuple("Run", "folder settings facts metrics summary noise attention maps response")
 
 
 def check_files(folder, sums, names=CHARTED):
@@ -371,7 +390,7 @@ def read_run(folder):
         check_files(folder, summary["crc32"])
     metrics = read_metrics(folder, settings["epochs"])
     analyses = [read(folder) if (folder / name).exists() else None
-                for name, read in zip(ANALYSIS, [read_noise, read_attention, read_maps])]
+                for name, read in zip(ANALYSIS, [read_noise, read_attention, read_maps, read_response])]
     return Run(folder, settings, facts, metrics, summary, *analyses)
 
 

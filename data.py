@@ -23,7 +23,7 @@ Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,
 # What each data set is, and `defaults`, the settings whose default depends on it. Mean and deviation are those of the
 # training archive's pixels, from 0 to 1. Augmentation keeps the class: a mirrored garment is one, a mirrored digit not.
 DIGITS = dict(epochs=20, batch_size=128, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7, distractors=0,
-              rotation=15.0, scale=0.15, shear=0.15, shift=1.0, flip=False)
+              rotation=15.0, scale=0.15, shear=0.15, shift=1.0, flip=False, brightness=0.0)
 # A cluttered data set: each image somewhere on a larger canvas, with fragments of others, as in Mnih et al. 2014
 # (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the image, not the canvas: the canvases
 # are new in every epoch, and without affine maps of the images on them `vit` learns faster.
@@ -36,7 +36,7 @@ DATASETS = {
     "fashionmnist": dict(
         source="FashionMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.2860], std=[0.3530],
         defaults=dict(epochs=30, batch_size=256, lr=6e-3, muon_lr=8e-3, weight_decay=0.1, patch_size=7, distractors=0,
-                      rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True)),
+                      rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True, brightness=0.0)),
     "kmnist": dict(
         source="KMNIST", image_size=28, in_channels=1, sizes=(60_000, 10_000), mean=[0.1918], std=[0.3483],
         defaults=DIGITS),
@@ -44,7 +44,7 @@ DATASETS = {
         source="CIFAR10", image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
         defaults=dict(epochs=30, batch_size=128, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
-                      rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True)),
+                      rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True, brightness=0.0)),
 }
 DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(
     image_size=60, object_size=28, mean=[mean], std=[std], defaults=DATASETS[name]["defaults"] | CLUTTER)
@@ -180,8 +180,10 @@ def draw_epoch(seeds, epoch, split, settings):
     width = AUGMENTATION_DRAWS + (2 + 5 * settings["distractors"] if is_cluttered(settings["dataset"]) else 0)
     for seed in seeds:
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch, "order and augmentation"))
-        parts.append((torch.randperm(count, generator=generator),
-                      2 * torch.rand(count, width, generator=generator) - 1))
+        order, draws = torch.randperm(count, generator=generator), torch.rand(count, width, generator=generator)
+        if settings["brightness"]:  # drawn last, so that all else is as it is without
+            draws = torch.cat([draws, torch.rand(count, 1, generator=generator)], 1)
+        parts.append((order, 2 * draws - 1))
     return [torch.stack(part).to(split.labels.device) for part in zip(*parts)]
 
 
@@ -193,8 +195,11 @@ def get_batch(split, index, draws, settings):
 
 def training_pixels(split, index, draws, settings):
     """Images of the split, by index (B,), as a model is to see them, (B, C, H, W) from 0 to 255; draws (B, R)."""
+    strength = settings["brightness"]
+    draws, last = (draws[:, :-1], draws[:, -1]) if strength else (draws, None)
     pixels = augment(split.images[index].float(), draws[:, :AUGMENTATION_DRAWS], settings)
-    return clutter(pixels, index, draws[:, AUGMENTATION_DRAWS:], split, settings["dataset"])
+    pixels = clutter(pixels, index, draws[:, AUGMENTATION_DRAWS:], split, settings["dataset"])
+    return brighten(pixels, strength * (last.view(-1, 1, 1, 1) + 1) / 2) if strength else pixels
 
 
 def augment(pixels, draws, settings):
@@ -219,6 +224,13 @@ def augment(pixels, draws, settings):
     grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)
     # Bilinear interpolation would blur the images that a model learns from, and not those that it is tested on.
     return F.grid_sample(pixels, grid, mode="bicubic", align_corners=False).clamp(0, 255)
+
+
+def brighten(pixels, amount):
+    """Add `amount`, of the way from black to white, to the value of HSV, the brightest channel of a pixel: hue and
+    saturation stay, and black becomes grey. Pixels (B, C, H, W) from 0 to 255; amount: a number or (B, 1, 1, 1)."""
+    value = pixels.amax(1, keepdim=True)
+    return (value + 255 * amount).clamp_max(255) * torch.where(value > 0, pixels / value, 1.0)
 
 
 @functools.cache
@@ -393,10 +405,8 @@ def apply_corruption(pixels, name, amount, draws, first, split):
     if name == "patch_offset":
         side = pixels.shape[2] // draws.shape[2]
         return pixels + 255 * amount * draws.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    if name == "brightness":  # the value of HSV is the brightest channel; hue and saturation stay, and black turns grey
-        value = pixels.amax(1, keepdim=True)
-        brighter = (value + 255 * amount).clamp_max(255)
-        return torch.where(value > 0, pixels * (brighter / value), brighter)
+    if name == "brightness":
+        return brighten(pixels, amount)
     if name == "contrast":
         mean = pixels.mean((2, 3), keepdim=True)
         return mean + amount * (pixels - mean)

@@ -37,7 +37,7 @@ ANALYSIS = ["noise.csv", "attention.csv", "attention.npz", "response.csv"]
 CHARTED = ["config.json", "metrics.csv", *ANALYSIS]  # read by plot.py, besides summary.json, which has their checksums
 FILES = ["summary.json", "config.json", "args.txt", "metrics.csv", *ANALYSIS, "best.pt", "last.pt"]
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
-AUGMENTATION = ["rotation", "scale", "shear", "shift", "flip"]
+AUGMENTATION = ["rotation", "scale", "shear", "shift", "flip", "brightness"]
 RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip",
                    "label_smoothing", "distractors", *AUGMENTATION, "amp"]
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
@@ -253,6 +253,7 @@ def read_config(folder):
             check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
         check(type(settings["seed"]) is int, "seed is not a whole number")
         check(type(settings["epochs"]) is int, "epochs is not a whole number")
+        settings.setdefault("brightness", 0.0)  # of runs that were trained before there was such a setting
         return settings, facts
 
 

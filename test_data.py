@@ -429,7 +429,7 @@ def test_corruptions_grow(name):
         result = corrupt(pixels, name, severity, split=split)
         assert result.shape == pixels.shape
         if not name.endswith(("fluctuation", "unclipped", "offset")):
-            assert result.min() >= 0 and result.max() <= 255 + 1e-4
+            assert result.min() >= 0 and result.max() <= 255
         torch.rand(3)  # the global generator plays no part
         assert torch.equal(result, corrupt(pixels, name, severity, split=split))
         distances.append((result - pixels).abs().mean().item())
@@ -573,3 +573,22 @@ def test_cuda_has_the_pixels_of_the_cpu():
                    for part in (there, split)]
         assert batches[0][0].is_cuda and torch.equal(batches[0][1].cpu(), batches[1][1])
         torch.testing.assert_close(batches[0][0].cpu(), batches[1][0], rtol=0, atol=2e-3)
+
+
+# Brightness of training images.
+
+@pytest.mark.parametrize("dataset, stream", [("mnist", 2003239284), ("clutteredmnist", 1715183982)])
+def test_training_brightness(dataset, stream):
+    """Each training image is made brighter by an amount of its own, from 0 to the strength; order and all other draws
+    are, to the byte, what they are without, and what they were before there was such a strength."""
+    split, plain = cut(mnist()["train"], 300), settings_of(dataset)
+    bright = plain | dict(brightness=0.3)
+    (order, draws), (same_order, more) = (data.draw_epoch([3], 2, split, settings) for settings in (plain, bright))
+    assert zlib.crc32(order.numpy().tobytes() + draws.numpy().tobytes()) == stream
+    assert torch.equal(order, same_order) and torch.equal(draws, more[:, :, :-1])
+    before, after = (data.training_pixels(split, order[0], part[0], settings)
+                     for part, settings in ((draws, plain), (more, bright)))
+    amounts = (more[0, :, -1] + 1) / 2 * 0.3 * 255
+    torch.testing.assert_close(after, (before + amounts.view(-1, 1, 1, 1)).clamp_max(255), rtol=0, atol=1e-3)
+    assert amounts.min() >= 0 and amounts.max() <= 0.3 * 255 and len(amounts.unique()) == 300
+    assert amounts.mean().item() == pytest.approx(0.15 * 255, rel=0.1)

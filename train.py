@@ -107,6 +107,8 @@ def make_parser(prog="train.py", description=__doc__):
     add("--shift", **rate, help=f"maximum pixels each way {by_dataset('shift')}")
     add("--flip", action=argparse.BooleanOptionalAction,
         help=f"flip horizontally with probability 0.5 {by_dataset('flip')}")
+    add("--brightness", **share,
+        help=f"maximum that is added, of the way from black to white {by_dataset('brightness')}")
     add("--no-augment", action="store_true", help="none of these")
 
     group = parser.add_argument_group("where and how")
@@ -165,7 +167,7 @@ def resolve_settings(args, model, dataset, seed, device, plugin=None):
     defaults = {name: parameter.default for name, parameter in inspect.signature(ViT).parameters.items()}
     defaults |= MODELS[model] | data.DATASETS[dataset]["defaults"]
     if args.no_augment:
-        defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False)
+        defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False, brightness=0.0)
     settings = dict(model=model, dataset=dataset, seed=seed, plugin=plugin)
     for name in [*records.MODEL_SETTINGS, *records.RECIPE_SETTINGS]:
         settings[name] = defaults[name] if getattr(args, name) is None else getattr(args, name)

@@ -543,3 +543,17 @@ def test_lambda_needs_no_tokens(monkeypatch, name):
     model = build_model(name)
     assert len(model.mean_lambdas(torch.zeros(1, 1, 28, 28))) == (2 if "diff" in name else 0)
     assert bool(passes) == (name == "vitdiffv2")
+
+
+def test_both(monkeypatch):
+    """vitboth has four softmax maps a block, as vitdiff has, and as many parameters within 0.3%."""
+    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
+    records.execute_plugin(Path(__file__).parent / "runs/controls/more.py")
+    model, vitdiff = build_model("vitboth"), build_model("vitdiff")
+    counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, vitdiff)]
+    assert counts == [37_194, 37_290]
+    for block in randomize(model).blocks:
+        x = torch.randn(3, 7, 32).double()
+        maps, out = self_by_hand(block.attn.state_dict(), x, heads=4)
+        torch.testing.assert_close(block.attn.attention_map(x), maps, rtol=0, atol=1e-12)
+        torch.testing.assert_close(block.attn(x), out, rtol=0, atol=1e-12)

@@ -233,14 +233,11 @@ def measure_noise(models, split, settings):
     """The rows of noise.csv of each model: loss and accuracy on a split under each corruption. `amount` is the one of
     data.CORRUPTIONS: a table is read without the code that made it, and by which amounts is part of what it says."""
     evaluate_models, sums = batch_evaluation(models, settings), {}
-    for first, pixels in data.evaluation_pixels(split, settings):
-        labels = split.labels[first:first + len(pixels)]
-        for key, corrupted in data.corruptions(pixels, first, split, settings):
-            images = data.normalize(corrupted, settings["dataset"])
-            sums.setdefault(key, []).extend(evaluate_models(*batch) for batch in data.cache_sized(images, labels))
+    for key, images, labels in data.corrupted_batches(split, settings):
+        sums.setdefault(key, []).append(evaluate_models(images, labels))
     tables = [[] for _ in models]
     for name, severity in itertools.product(data.CORRUPTIONS, range(1, 6)):
-        amount = data.get_amount(name, severity, pixels.shape[1])
+        amount = data.get_amount(name, severity, split.images.shape[1])
         means = (total(sums[name, severity]) / len(split.labels)).T.tolist()
         for table, (loss, accuracy) in zip(tables, means):
             table.append(dict(corruption=name, severity=severity, amount=amount, test_loss=loss,

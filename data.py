@@ -335,6 +335,21 @@ def evaluation_batches(split, settings, corruption=None, severity=0):
         yield from cache_sized(images, split.labels[first:first + len(images)])
 
 
+def corrupted_batches(split, settings):
+    """A split in its own order under all corruptions: yields (name, severity), normalised images (B, C, H, W) and
+    labels (B,). What is random is drawn once for all corruptions of a kind and all severities."""
+    for first, pixels in evaluation_pixels(split, settings):
+        kinds = dict.fromkeys(map(corruption_kind, CORRUPTIONS))
+        draws = [draw_corruption(kind, pixels, first, settings) for kind in kinds]
+        parts = cache_sized(pixels, split.labels[first:first + len(pixels)], *draws)
+        for place, (part, labels, *draws_of_part) in zip(itertools.count(first, EVALUATION_BATCH // 8), parts):
+            own = dict(zip(kinds, draws_of_part))
+            for name, severity in itertools.product(CORRUPTIONS, range(1, 6)):
+                amount, draw = get_amount(name, severity, part.shape[1]), own[corruption_kind(name)]
+                corrupted = apply_corruption(part, name, amount, draw, place, split)
+                yield (name, severity), normalize(corrupted, settings["dataset"]), labels
+
+
 def cache_sized(*tensors):
     """A batch to be evaluated, on a CPU cut into parts that fit its caches: canvases then take half the time."""
     return zip(*(tensor.split(EVALUATION_BATCH // (8 if tensor.device.type == "cpu" else 1)) for tensor in tensors))
@@ -355,16 +370,6 @@ def corrupt(pixels, name, severity, first, split, settings):
     return apply_corruption(pixels, name, get_amount(name, severity, pixels.shape[1]), draws, first, split)
 
 
-def corruptions(pixels, first, split, settings):
-    """All corruptions of pixels, as `corrupt` makes them: yields (name, severity) and corrupted pixels. The random
-    numbers are drawn once for each kind."""
-    for kind, names in itertools.groupby(sorted(CORRUPTIONS, key=corruption_kind), key=corruption_kind):
-        draws = draw_corruption(kind, pixels, first, settings)
-        for name, severity in itertools.product(names, range(1, 6)):
-            amount = get_amount(name, severity, pixels.shape[1])
-            yield (name, severity), apply_corruption(pixels, name, amount, draws, first, split)
-
-
 def get_amount(name, severity, channels):
     return CORRUPTIONS[name][channels > 1][severity - 1]
 
@@ -375,26 +380,27 @@ def corruption_kind(name):
 
 
 def draw_corruption(kind, pixels, first, settings):
-    """The random numbers of a corruption of pixels (B, C, H, W), on their device; None where it needs none."""
+    """The random numbers of a corruption of pixels (B, C, H, W), on their device: (B, ...), empty where it needs none.
+    """
     count, channels, height, width = pixels.shape
     squares, side = round(4 * height * width / 28**2), settings["patch_size"]
     draw, shape = {
         "gaussian_noise": (torch.randn, pixels.shape),
         "shot_noise": (torch.rand, pixels.shape),
         "impulse_noise": (torch.rand, pixels.shape),
-        "occlusion": (torch.rand, (2, count, squares)),
+        "occlusion": (torch.rand, (count, 2 * squares)),
         "distractors": (torch.rand, (count, 5 * squares)),
         "image_offset": (torch.randn, (count, 1, 1, 1)),
         "patch_offset": (torch.randn, (count, 1, height // side, width // side)),
-    }.get(kind, (None, None))
-    return draw and draw(shape, generator=torch.Generator().manual_seed(mix_seed(kind, first))).to(pixels.device)
+    }.get(kind, (torch.rand, (count, 0)))
+    return draw(shape, generator=torch.Generator().manual_seed(mix_seed(kind, first))).to(pixels.device)
 
 
 def apply_corruption(pixels, name, amount, draws, first, split):
     if corruption_kind(name) in NOISES:
         return apply_noise(pixels, name, amount, draws)
     if name == "occlusion":
-        top, left = (pick(2 * draw - 1, size - amount + 1) for draw, size in zip(draws, pixels.shape[2:]))
+        top, left = (pick(2 * draw - 1, size - amount + 1) for draw, size in zip(draws.chunk(2, 1), pixels.shape[2:]))
         black = torch.full((1, 1, 1, amount, amount), -255.0, device=pixels.device)
         return paste(pixels, black.expand(len(pixels), top.shape[1], pixels.shape[1], -1, -1), top, left)
     if name == "distractors":

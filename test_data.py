@@ -540,18 +540,24 @@ def test_shift_and_fluctuation(noise, colour, severity):
 
 @pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist", "cifar10"])
 def test_corruptions_on_any_device(dataset):
-    """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU. They are
-    the same one by one and all together."""
+    """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU."""
     with OnOneDevice():
         for name in data.CORRUPTIONS:
             ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
             assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
-    split, settings = original("mnist")["test"], settings_of("mnist")
-    pixels = split.images[1_000:1_010].float()
-    together = dict(data.corruptions(pixels, 1_000, split, settings))
-    assert set(together) == {(name, severity) for name in data.CORRUPTIONS for severity in range(1, 6)}
-    for key in [("distractors", 2), ("shot_noise_fluctuation", 5), ("patch_offset", 1)]:
-        assert torch.equal(together[key], data.corrupt(pixels, *key, 1_000, split, settings))
+
+
+def test_corruptions_together():
+    """All corruptions together are those one by one."""
+    split, settings = cut(mnist()["test"], 1_100), settings_of("mnist")
+    together = {}
+    for key, images, labels in data.corrupted_batches(split, settings):
+        together.setdefault(key, []).append((images, labels))
+    assert list(together) == [(name, severity) for name in data.CORRUPTIONS for severity in range(1, 6)]
+    for key in [("distractors", 2), ("occlusion", 4), ("shot_noise_fluctuation", 5), ("patch_offset", 1)]:
+        alone = zip(*data.evaluation_batches(split, settings, *key))
+        for several, single in zip(zip(*together[key]), alone, strict=True):
+            assert torch.equal(torch.cat(several), torch.cat(single))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -342,12 +342,13 @@ def corrupted_batches(split, settings):
         kinds = dict.fromkeys(map(corruption_kind, CORRUPTIONS))
         draws = [draw_corruption(kind, pixels, first, settings) for kind in kinds]
         parts = cache_sized(pixels, split.labels[first:first + len(pixels)], *draws)
-        for place, (part, labels, *draws_of_part) in zip(itertools.count(first, EVALUATION_BATCH // 8), parts):
+        for part, labels, *draws_of_part in parts:
             own = dict(zip(kinds, draws_of_part))
             for name, severity in itertools.product(CORRUPTIONS, range(1, 6)):
                 amount, draw = get_amount(name, severity, part.shape[1]), own[corruption_kind(name)]
-                corrupted = apply_corruption(part, name, amount, draw, place, split)
+                corrupted = apply_corruption(part, name, amount, draw, first, split)
                 yield (name, severity), normalize(corrupted, settings["dataset"]), labels
+            first += len(part)
 
 
 def cache_sized(*tensors):

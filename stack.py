@@ -83,23 +83,24 @@ def group_parameters(model):
 
 
 def make_optimizer(net, settings):
-    """One optimizer of all the weights of a StackedModel: Muon for the matrices, or AdamW for all.
+    """One optimizer of all the weights of a StackedModel: Muon for the matrices and AdamW for the rest, or AdamW alone.
 
     Each of its groups has its peak learning rate as `peak_lr`; `lr` is a tensor, as a CUDA graph would take a number
     for a constant.
     """
-    def group(leaf, lr, weight_decay):
-        return dict(params=[leaf], lr=torch.tensor(lr, device=leaf.device), peak_lr=lr, weight_decay=weight_decay)
+    def group(name, peak_lr):
+        leaf, weight_decay = net.get_parameter(name), settings["weight_decay"] if name == "matrices" else 0.0
+        lr = torch.tensor(peak_lr, dtype=leaf.dtype, device=leaf.device)
+        return dict(params=[leaf], lr=lr, peak_lr=peak_lr, weight_decay=weight_decay)
 
-    leaves, decay, with_muon = dict(net.named_parameters()), settings["weight_decay"], settings["optimizer"] == "muon"
-    groups = [group(leaf, settings["lr"], decay if name == "matrices" else 0.0)
-              for name, leaf in leaves.items() if name == "rest" or not with_muon]
-    adamw = torch.optim.AdamW(groups, fused=True)
-    if not with_muon or "matrices" not in leaves:
+    with_muon = settings["optimizer"] == "muon" and "matrices" in net.shapes
+    names = ["rest"] if with_muon else net.shapes
+    adamw = torch.optim.AdamW([group(name, settings["lr"]) for name in names], fused=True)
+    if not with_muon:
         return adamw
-    optimizer = muon.Muon(net.matrices, list(net.shapes["matrices"].values()), torch.tensor(
-        settings["muon_lr"], device=net.matrices.device), decay, adamw=adamw)
-    optimizer.param_groups[0]["peak_lr"] = settings["muon_lr"]
+    own = group("matrices", settings["muon_lr"])
+    optimizer = muon.Muon(net.matrices, net.shapes["matrices"].values(), own["lr"], own["weight_decay"], adamw=adamw)
+    optimizer.param_groups[0]["peak_lr"] = own["peak_lr"]
     return optimizer
 
 

@@ -4,9 +4,7 @@ Most runs here have models of a few parameters, and the first 2,001 images of ea
 """
 
 import contextlib
-import copy
 import csv
-import functools
 import io
 import itertools
 import json
@@ -28,6 +26,7 @@ from torch.nn import functional as F
 
 import analysis
 import data
+import machine
 import records
 import train
 import vit
@@ -79,7 +78,7 @@ def small():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_splits", load_splits)
-        patch.setattr(train, "warn_if_busy", lambda device: None)
+        patch.setattr(machine, "warn_if_busy", lambda device: None)
         yield
 
 
@@ -141,30 +140,29 @@ def assert_same_run(folder, expected):
 def settings_for(*flags, model="vit", dataset="mnist", seed=0, device=CPU):
     return train.resolve_settings(train.parse_flags([*flags]), model, dataset, seed, device)
 
-
-def make_stack(*flags, count=2_001, model="vit", seeds=(0,), sizes=TINY, device=CPU, captured=False, runs_dir=""):
-    """A stack of untrained models, splits of `count` images, and settings, as train_stack takes them."""
-    settings = settings_for(*sizes, *flags, model=model, seed=seeds[0], device=device)
+def make_runs(*flags, count=2_001, model="vit", seeds=(0,), device=CPU, compiled=False, runs_dir=""):
+    """Runs of untrained models, splits of `count` images, and settings, as train_stack takes them."""
+    settings = settings_for(*TINY, *flags, model=model, seed=seeds[0], device=device)
     splits = {name: Split(*(part.to(device) for part in cut(split, count))) for name, split in mnist().items()}
-    stack = train.Stack(settings, list(seeds), runs_dir, device, captured)
-    for folder in stack.folders if runs_dir else []:
+    runs = train.make_runs(settings, list(seeds), runs_dir, device, compiled, required=True)
+    for folder in runs.folders if runs_dir else []:
         folder.mkdir()
-    return stack, splits, settings
+    return runs, splits, settings
 
 
-def first_losses(stack, splits, settings):
-    """The losses (S, steps) of the first epoch."""
-    steps = math.ceil(len(splits["train"].labels) / settings["batch_size"])
-    batches = itertools.islice(train.train_stack(stack, splits, settings), steps)
-    return torch.stack([losses.clone().cpu() for losses in batches], dim=1)
+class EpochEnd(Exception):
+    pass
 
 
-class Buffered(SelfAttention):
-    """Self-attention with a buffer."""
+def epoch_losses(runs, splits, settings):
+    """The losses (S, steps) of the next epoch, which is not recorded."""
+    def end(runs, splits, settings, epoch, factor, losses, correct, start):
+        raise EpochEnd(losses)
 
-    def __init__(self, dim, num_heads, **kwargs):
-        super().__init__(dim, num_heads, **kwargs)
-        self.register_buffer("scale", torch.ones(()))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EpochEnd) as ended:
+        patch.setattr(train, "record_epoch", end)
+        train.train_stack(runs, splits, settings)
+    return ended.value.args[0].cpu()
 
 
 # The loop.
@@ -180,99 +178,32 @@ def loss_by_hand(model, split, settings):
 
 def test_losses_are_means_over_all_samples(tmp_path):
     """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch."""
-    stack, splits, settings = make_stack(
-        "--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1", "--label-smoothing", "0.3", seeds=[0, 5],
-        count=1_845, runs_dir=tmp_path)
-    assert len(list(train.train_stack(stack, splits, settings))) == 4
-    for seed, (row,) in zip([0, 5], stack.metrics):
+    runs, splits, settings = make_runs("--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1",
+                                       "--label-smoothing", "0.3", seeds=[0, 5], count=1_845, runs_dir=tmp_path)
+    train.train_stack(runs, splits, settings)
+    for seed, (row,) in zip([0, 5], runs.metrics):
         model = analysis.make_model(settings | dict(seed=seed))
         expected = [*loss_by_hand(model, splits["train"], settings), *loss_by_hand(model, splits["val"], settings)]
         found = [row[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")]
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert found == pytest.approx(expected, abs=1e-6) and row["step"] == 4
 
 
-def test_adamw_step():
-    """A step is AdamW (Loshchilov and Hutter 2019) on the clipped gradient of each seed: at first it is lr * sign."""
-    stack, splits, settings = make_stack(
-        "--optimizer", "adamw", "--no-augment", "--warmup", "0", "--decay", "0", "--weight-decay", "0.5", "--lr",
-        "0.003", "--clip", "0.01", count=500, seeds=[0, 1])
-    before = [analysis.make_model(settings | dict(seed=seed)) for seed in (0, 1)]
-    first_losses(stack, splits, settings)
-    images = (splits["train"].images.float() / 255 - 0.1307) / 0.3081  # in any order: one batch is the whole split
-    for i, model in enumerate(before):
-        F.cross_entropy(model(images), splits["train"].labels, label_smoothing=0.1).backward()
-        norm = math.sqrt(sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()))
-        assert norm > 0.02  # so that clipping acts
-        for name, weight in model.named_parameters():
-            decayed = weight.ndim > 1 and name not in ("cls_token", "pos_embed")
-            gradient = weight.grad * 0.01 / norm
-            expected = weight * (1 - 0.003 * 0.5 * decayed) - 0.003 * gradient / (gradient.abs() + 1e-8)
-            torch.testing.assert_close(stack.state_dict(i)[name], expected.detach(), rtol=0, atol=1e-4, msg=name)
-
-
-def test_clipping():
-    """The gradient of a seed is scaled to the maximum norm over all leaves, and left alone if it is smaller."""
-    leaves = [torch.zeros(2, 3), torch.zeros(2, 1)]
-    leaves[0].grad, leaves[1].grad = torch.tensor([[0.3, 0, 0], [0, 30, 0]]), torch.tensor([[0.4], [40.0]])
-    train.clip_gradients(leaves, 2.0)
-    torch.testing.assert_close(leaves[0].grad, torch.tensor([[0.3, 0, 0], [0, 1.2, 0]]))
-    torch.testing.assert_close(leaves[1].grad, torch.tensor([[0.4], [1.6]]))
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_optimizer_of_a_stack(optimizer):
-    """One optimizer holds all leaves, which hold all weights; decay is that of the matrices alone."""
-    stack, *_ = make_stack("--optimizer", optimizer, "--weight-decay", "0.3", model="vitdiff", seeds=[0, 1])
-    groups = stack.optimizer.param_groups
-    assert all(group["params"][0] is leaf for group, leaf in zip(groups, stack.leaves.values(), strict=True))
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert sum(leaf.numel() for leaf in stack.leaves.values()) == 2 * sum(
-        parameter.numel() for parameter in stack.model.parameters())
-    assert isinstance(stack.optimizer, torch.optim.AdamW) == (optimizer == "adamw")
-
-
-def test_learning_rate(tmp_path):
+def test_learning_rate(tmp_path, monkeypatch):
     """The learning rates rise, stay and fall to zero, each from its own peak, and that of AdamW is recorded."""
     factors = [train.lr_factor(step, 100, 0.1, 0.5) for step in range(100)]
     assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert factors[9:51] == [1.0] * 42
     assert factors[50:] == pytest.approx([1 - i / 50 for i in range(50)])
     assert train.lr_factor(0, 3, 0.0, 0.0) == 1.0
-    stack, splits, settings = make_stack("--epochs", "2", "--lr", "0.006", "--muon-lr", "0.02", "--warmup", "0.5",
-                                         "--decay", "0.5", runs_dir=tmp_path)
-    rates = [[group["lr"].item() for group in stack.optimizer.param_groups]
-             for _ in train.train_stack(stack, splits, settings)]
+    rates, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *batch, optimizer, **others: rates.append(
+        [group["lr"].item() for group in optimizer.param_groups]) or step(*batch, optimizer=optimizer, **others))
+    runs, splits, settings = make_runs("--epochs", "2", "--lr", "0.006", "--muon-lr", "0.02", "--warmup", "0.5",
+                                       "--decay", "0.5", runs_dir=tmp_path)
+    train.train_stack(runs, splits, settings)
     expected = [min((step + 1) / 5, (10 - step) / 5, 1) for step in range(10)]
     assert rates == [pytest.approx([0.02 * factor, 0.006 * factor]) for factor in expected]
-    assert column(stack.folders[0], "lr").tolist() == pytest.approx([0.006 * expected[4], 0.006 * expected[9]])
-
-
-@pytest.mark.parametrize("model, optimizer", [
-    ("vit", "muon"), ("vitdiff", "muon"), ("vitdiff", "adamw"), ("vitdiffpaper", "muon"), ("vitdiffv2", "muon")])
-def test_a_seed_in_a_stack_is_the_seed_alone(monkeypatch, model, optimizer):
-    """At the reference runs' sizes each has the same initial weights, the same batches, and the same losses."""
-    batches, augment = [], data.augment
-
-    def record(pixels, draws, settings):
-        batches[-1].append((pixels.clone(), draws.clone()))
-        return augment(pixels, draws, settings)
-
-    monkeypatch.setattr(data, "augment", record)
-    seeds, losses = [3, 0, 4294967295], []
-    for group in [seeds, *([seed] for seed in seeds)]:
-        stack, splits, settings = make_stack("--optimizer", optimizer, model=model, seeds=group, sizes=[], count=1_000)
-        for i, seed in enumerate(group):
-            expected = analysis.make_model(settings | dict(seed=seed)).state_dict()
-            found = stack.state_dict(i)
-            assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-        batches.append([])
-        losses.append(first_losses(stack, splits, settings))
-    assert losses[0].shape == (3, 8)
-    for i in range(3):
-        torch.testing.assert_close(losses[0][i], losses[1 + i][0], rtol=0, atol=1e-4)
-        assert all(torch.equal(a.chunk(3)[i], b) for together, alone in zip(batches[0], batches[1 + i])
-                   for a, b in zip(together, alone))
-    assert (losses[0][0] - losses[0][1]).abs().max() > 0.01  # and not of one another
+    assert column(runs.folders[0], "lr").tolist() == pytest.approx([0.006 * expected[4], 0.006 * expected[9]])
 
 
 def repeat_image(split):
@@ -280,37 +211,19 @@ def repeat_image(split):
     return Split(*(part[:1].expand_as(part).contiguous() for part in split))
 
 
-def test_dropout_of_a_stack():
-    """Each seed of a stack drops out on its own, and anew at each step of each epoch."""
-    torch.manual_seed(0)
-    model, images = build_model("vit", dropout=0.5), torch.randn(1, 4, 1, 28, 28).expand(2, -1, -1, -1, -1)
-    weights = {name: parameter.detach().expand(2, *parameter.shape) for name, parameter in model.named_parameters()}
-    first, second = train.stack_logits(model, weights, images)
-    assert not torch.equal(first, second)
-    first, second = train.stack_logits(model.eval(), weights, images)
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=1_000)
-    splits["train"] = repeat_image(splits["train"])
-    losses = first_losses(stack, splits, settings)
-    assert torch.equal(losses, first_losses(stack, splits, settings))
-    stack.metrics[0].append(None)  # as after the first epoch
-    losses = torch.cat([losses, first_losses(stack, splits, settings)]).flatten().tolist()
-    assert len(set(losses)) == 4  # of two batches each
-
-
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("model", ["vit", "vitdiff", "vitdiffv2"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision, model", [
+    *itertools.product(["bfloat16"], ["vit", "vitdiff", "vitdiffv2"]), ("float16", "vitdiff")])
 def test_amp(precision, model):
     """In half precision losses are close to those in float32, the optimizer's averages of gradients are as large, and
     the weights stay float32."""
     losses, averages = {}, {}
     for amp in ("off", precision):
-        stack, splits, settings = make_stack("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model)
-        losses[amp] = first_losses(stack, splits, settings)
-        averages[amp] = [stack.optimizer.state[leaf][name] for leaf, name in zip(
-            stack.leaves.values(), ("momentum_buffer", "exp_avg"), strict=True)]
-        assert all(leaf.dtype == torch.float32 for leaf in stack.leaves.values())
+        runs, splits, settings = make_runs("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model, count=801)
+        losses[amp] = epoch_losses(runs, splits, settings)
+        averages[amp] = [runs.optimizer.state[leaf][name] for leaf, name in zip(
+            runs.net.parameters(), ("momentum_buffer", "exp_avg"), strict=True)]
+        assert all(leaf.dtype == torch.float32 for leaf in runs.net.parameters())
     for plain, half in zip(*averages.values()):
         assert plain.norm() / 5 < half.norm() < 5 * plain.norm()
     assert not torch.equal(losses["off"], losses[precision])
@@ -321,31 +234,26 @@ def test_amp(precision, model):
 def test_float16_overflow(optimizer):
     """When float16 gradients overflow, the step is skipped as a whole: no weight and no state of the optimizer moves.
     """
-    stack, splits, settings = make_stack("--amp", "float16", "--optimizer", optimizer)
-    batches, forward = train.train_stack(stack, splits, settings), stack.forward
+    runs, splits, settings = make_runs("--amp", "float16", "--optimizer", optimizer)
+    leaves, moved = list(runs.net.parameters()), []
 
     def copy():
-        states = [value.clone() for leaf in stack.leaves.values() for value in stack.optimizer.state[leaf].values()]
-        return [leaf.detach().clone() for leaf in stack.leaves.values()] + states
+        states = [value.clone() for leaf in leaves for value in runs.optimizer.state[leaf].values()]
+        return [leaf.detach().clone() for leaf in leaves] + states
 
-    def overflowing(images, labels, share):
-        losses, correct = forward(images, labels, share)
-        return losses * 1e38, correct
-
-    moved = []
-    for stack.forward in (forward, overflowing, forward):
-        before, scale = copy(), stack.scaler.get_scale()
-        next(batches)
+    for images, labels, share in itertools.islice(train.epoch_batches(splits["train"], [0], 1, settings), 3):
+        before, scale, overflow = copy(), runs.scaler.get_scale(), 1e38 if len(moved) == 1 else 1
+        runs.step(images, labels, overflow * share)
         moved.append([not torch.equal(*pair) for pair in zip(before, copy())])
-        assert stack.scaler.get_scale() == scale / (2 if stack.forward is overflowing else 1)
-    assert all(moved[0]) and not any(moved[1]) and all(moved[2]) and len(moved[2]) > len(stack.leaves)
+        assert runs.scaler.get_scale() == scale / (1 if overflow == 1 else 2)
+    assert all(moved[0]) and not any(moved[1]) and all(moved[2]) and len(moved[2]) > len(leaves)
 
 
 @pytest.mark.parametrize("model, dataset", [
     *itertools.product(MODELS, ["mnist", "clutteredmnist"]), ("vit", "cifar10")])
 def test_meta(monkeypatch, model, dataset):
-    """Training steps of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not
-    the CPU and waits for none of its values: on meta, with stand-ins for what torch does not have there."""
+    """A training step of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not
+    the CPU and wait for none of its values: on meta, with stand-ins for what torch does not have there."""
     class Descent(torch.optim.Optimizer):
         def __init__(self, groups, **options):
             super().__init__(groups, {})
@@ -361,11 +269,11 @@ def test_meta(monkeypatch, model, dataset):
                             model=model, dataset=dataset)
     split = meta_split(dataset)
     for seeds in ([0], [0, 1]):
-        stack = train.Stack(settings, seeds, "", META)
+        runs = train.make_runs(settings, seeds, "", META)
         with OnOneDevice():
-            losses = next(train.train_stack(stack, dict(train=split), settings))
-        assert losses.is_meta and losses.shape == (len(seeds),)
-        assert all(leaf.is_meta for leaf in stack.leaves.values())
+            train.set_lr(runs.optimizer, 0.5)
+            results = runs.step(*next(train.epoch_batches(split, seeds, 1, settings)))
+        assert all(result.is_meta and result.shape == (len(seeds),) for result in results)
     model = analysis.make_model(settings).to(META).eval()
     with OnOneDevice():
         (batch,) = data.evaluation_batches(split, settings)
@@ -379,206 +287,14 @@ def test_meta(monkeypatch, model, dataset):
 def test_shares_of_a_stack(tmp_path, monkeypatch):
     """The images of all seeds are counted, and each has its share of the time: by a clock that ticks when it is read.
     """
-    stack, splits, settings = make_stack("--epochs", "1", seeds=[0, 1], runs_dir=tmp_path)
+    runs, splits, settings = make_runs("--epochs", "1", seeds=[0, 1], runs_dir=tmp_path)
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    list(train.train_stack(stack, splits, settings))
-    assert [row["images_per_second"] for (row,) in stack.metrics] == [2 * 2_001] * 2
-    assert [row["seconds"] for (row,) in stack.metrics] == [2 / 2, 3 / 2]
-
-
-# Compiled and captured.
-
-def test_when_to_compile(tmp_path, monkeypatch):
-    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided
-    is a fact of the run."""
-    monkeypatch.setattr(train, "COMPILED_STEPS", 220)  # an epoch of MNIST has 110 batches of 500
-    monkeypatch.setattr(train, "compile_forward", lambda *arguments: True)
-    end_at(monkeypatch, epoch=1)
-    for number, (flags, compiler, expected) in enumerate([
-            (["--epochs", "2"], "g++", True), (["--epochs", "1"], "g++", False),
-            (["--epochs", "1", "--seed", "0", "1"], "g++", True),
-            (["--epochs", "1", "--seed", "0", "1", "--stack", "1"], "g++", False),
-            (["--epochs", "2"], None, False), (["--epochs", "2", "--compile", "no"], "g++", False),
-            (["--epochs", "1", "--compile", "yes"], None, True)]):
-        monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
-        assert command(*TINY, *flags, "--runs-dir", tmp_path / str(number)) == 130
-        facts = [read_json(path)["facts"] for path in (tmp_path / str(number)).glob("*/config.json")]
-        assert {fact["compiled"] for fact in facts} == {expected}
-    assert train.is_compiled("auto", 10**9, torch.device("cuda")) is False  # until it is measured
-    assert train.is_compiled("yes", 1, torch.device("cuda")) is True
-
-
-def assert_compiled(compiled, plain):
-    """The runs in the folder `compiled` were compiled and those in `plain` not, and their losses agree."""
-    for folder in plain.iterdir():
-        other = compiled / folder.name
-        assert [records.read_config(run)[1]["compiled"] for run in (folder, other)] == [False, True]
-        for name in ("train_loss", "val_loss"):
-            torch.testing.assert_close(column(other, name), column(folder, name), rtol=0, atol=1e-4)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_losses(tmp_path):
-    """Compiled and plain losses agree, of a stack with a smaller last batch."""
-    for choice in ("no", "yes"):
-        assert command(*TINY, "--model", "vit", "--epochs", "1", "--head-hidden-dim", "0", "--seed", "0", "1",
-                       "--compile", choice, "--runs-dir", tmp_path / choice) == 0
-    assert_compiled(tmp_path / "yes", tmp_path / "no")
-
-
-def test_compiling_many_stacks(tmp_path, monkeypatch):
-    """More stacks are compiled in one process than torch compiles of one function, and the trial that begins each
-    leaves a model's buffers as they were. The compiler is a stand-in that takes what torch traces as it is."""
-    class Counted(SelfAttention):
-        def __init__(self, dim, num_heads, **kwargs):
-            super().__init__(dim, num_heads, **kwargs)
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            if self.training:
-                self.calls += 1
-            return super().forward(x)
-
-    monkeypatch.setitem(MODELS, "vitcounted", dict(attention=Counted))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for choice in ("no", "yes"):
-        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
-                                         fail_on_recompile_limit_hit=True):
-            assert command(*TINY, "--epochs", "1", "--model", "vitcounted", "--seed", "0", "1", "--compile", choice,
-                           "--runs-dir", tmp_path / choice) == 0
-        weights = torch.load(tmp_path / choice / "mnist-vitcounted-seed1/best.pt", weights_only=True)
-        assert weights["blocks.0.attn.calls"] == STEPS
-    assert_compiled(tmp_path / "yes", tmp_path / "no")
-
-
-def test_without_a_compiler(tmp_path, monkeypatch, capsys):
-    """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without."""
-    flags = [*TINY, "--epochs", "1", "--model", "vit", "--runs-dir"]
-    process = launch("train.py", *flags, tmp_path / "yes", "--compile", "yes", CXX="/bin/false",
-                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-
-    def fail(*arguments):
-        raise torch._dynamo.exc.TorchDynamoException("no compiler")
-
-    monkeypatch.setattr(train, "COMPILED_STEPS", 1)
-    monkeypatch.setattr(train.shutil, "which", lambda name: name)
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: fail)
-    assert command(*flags, tmp_path / "auto") == 0
-    out, err = capsys.readouterr()
-    assert [line.count("--compile") for line in out.splitlines() if "(no compiler)" in line] == [1] and err == ""
-    assert records.read_config(tmp_path / "auto/mnist-vit-seed0")[1]["compiled"] is False
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.count("\n") == 1 and "--compile" in err, err
-    assert not list(tmp_path.glob("yes/*/*"))
-
-
-def test_capture(monkeypatch):
-    """A captured step runs as it is for the first three batches and for smaller ones; then its graph is replayed on
-    each batch's own images and labels. The graph is a stand-in, which repeats what was recorded in it."""
-    recording = []
-
-    class Graph:
-        def replay(self):
-            self.kernel()
-
-    @contextlib.contextmanager
-    def record(graph, stream):
-        recording.append(graph)
-        yield
-        recording.pop()
-
-    class Stream:
-        def wait_stream(self, stream):
-            pass
-
-    for name, stand_in in [("Stream", Stream), ("CUDAGraph", Graph), ("graph", record), ("current_stream", Stream),
-                           ("stream", lambda stream: contextlib.nullcontext())]:
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    calls = []
-
-    def step(images, labels, share):
-        results = torch.zeros(2), torch.zeros(2, dtype=torch.long)
-
-        def kernel():
-            results[0].copy_(share * images.sum(1))
-            results[1].copy_(labels.sum(1))
-        calls.append(labels.shape[1])
-        if recording:
-            recording[-1].kernel = kernel
-        else:
-            kernel()
-        return results
-
-    run = train.capture(step, 3)
-    for size in [3, 3, 1, 3, 3, 1, 3, 3]:
-        images, labels = torch.rand(2, size), torch.randint(10, (2, size))
-        losses, correct = run(images, labels, 1 / size)
-        torch.testing.assert_close(losses, images.mean(1))
-        assert torch.equal(correct, labels.sum(1))
-    assert calls == [3, 3, 1, 3, 3, 1]
-
-
-# Seeds side by side.
-
-def test_default_stack():
-    """By default all seeds are stacked, but on a CPU those of images of many tokens are trained one by one."""
-    for model, dataset, flags, stacked in [
-            ("vit", "mnist", [], True), ("vit", "mnist", ["--patch-size", "4"], True),
-            ("vitdiff", "clutteredmnist", [], False), ("vit", "cifar10", [], False),
-            ("vit", "clutteredmnist", ["--patch-size", "12"], True)]:
-        settings = settings_for(*flags, model=model, dataset=dataset)
-        model = analysis.make_model(settings)
-        assert stacked == (model.pos_embed.shape[1] <= train.STACKED_TOKENS)
-        assert train.default_stack(settings, CPU) == (sys.maxsize if stacked else 1)
-        assert train.default_stack(settings, torch.device("cuda")) == sys.maxsize
-
-
-def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
-    """Seeds that cannot be stacked, or are not to be, are trained one after the other, and a line says why."""
-    class InPlace(SelfAttention):
-        def forward(self, x):
-            out = torch.zeros(x.shape)
-            out += super().forward(x)
-            return out
-
-    class Frozen(SelfAttention):
-        def __init__(self, dim, num_heads, **kwargs):
-            super().__init__(dim, num_heads, **kwargs)
-            self.proj.requires_grad_(False)
-
-    for name, attention in [("inplace", InPlace), ("frozen", Frozen), ("buffered", Buffered)]:
-        monkeypatch.setitem(MODELS, f"vit{name}", dict(attention=attention))
-    for model, flags, expected, why in [
-            ("vit", ["--stack", "1"], [[0], [1], [2]], ""), ("vit", ["--stack", "2"], [[0, 1], [2]], ""),
-            ("vit", [], [[0, 1, 2]], ""), ("vit", ["--amp", "float16"], [[0], [1], [2]], "float16"),
-            ("vitbuffered", [], [[0], [1], [2]], "buffers"), ("vitfrozen", [], [[0], [1], [2]], "frozen"),
-            ("vitinplace", [], [[0], [1], [2]], "vmap")]:
-        args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir",
-                                  str(tmp_path)])
-        (experiment,) = train.plan_experiments(args, CPU, None)
-        assert train.unfinished_stacks(experiment, args) == expected
-        out = capsys.readouterr().out
-        assert why in out and ("one after the other" in out) == bool(why)
+    train.train_stack(runs, splits, settings)
+    assert [row["images_per_second"] for (row,) in runs.metrics] == [2 * 2_001] * 2
+    assert [row["seconds"] for (row,) in runs.metrics] == [2 / 2, 3 / 2]
 
 
 # Records.
-
-def test_checkpoint_is_loaded_whole(monkeypatch):
-    """A checkpoint brings back weights, buffers, the optimizer's state and the scale of the gradients."""
-    monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
-    stacks = [make_stack("--amp", "float16", model="vitbuffered", seeds=[seed]) for seed in (0, 1)]
-    (stack, splits, settings), (other, _, _) = stacks
-    first_losses(stack, splits, settings)
-    stack.model.blocks[0].attn.scale.fill_(3)
-    checkpoint = copy.deepcopy(stack.checkpoint()) | dict(seeds=[1])
-    checkpoint["scaler"]["scale"] = 8.0
-    other.load(checkpoint)
-    assert other.scaler.get_scale() == 8
-    weights, expected = other.state_dict(0), stack.state_dict(0)
-    assert "blocks.0.attn.scale" in expected and all(torch.equal(weights[name], expected[name]) for name in expected)
-    for state, expected in zip(other.optimizer.state.values(), stack.optimizer.state.values(), strict=True):
-        assert state and all(torch.equal(state[name], expected[name]) for name in expected)
-
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
@@ -604,21 +320,21 @@ def copy_run(folder, tmp_path):
 
 
 def test_records(finished):
-    """A run leaves its settings, facts, metrics of every epoch, figures, analysis and weights, and they agree."""
+    """A run leaves its settings, facts, metrics of every epoch, figures with checksums, analysis and weights, and they
+    agree."""
     assert {path.name for path in finished.iterdir()} == set(records.FILES)
     config, summary = (read_json(finished / name) for name in ("config.json", "summary.json"))
-    settings, facts = config["settings"], config["facts"]
-    metrics = table(finished / "metrics.csv")
+    settings, facts, metrics = config["settings"], config["facts"], table(finished / "metrics.csv")
     assert list(metrics[0]) == ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
                                 "seconds", "images_per_second", "lambda_0"]
     assert [(row["epoch"], row["step"]) for row in metrics] == [("1", "5"), ("2", "10"), ("3", "15")]
     best = min(metrics, key=lambda row: float(row["val_loss"]))
     assert summary["best_epoch"] == int(best["epoch"]) and summary["epochs"] == 3
-    assert summary["val_loss"] == pytest.approx(float(best["val_loss"]), abs=1e-6)
-    assert summary["seconds"] == pytest.approx(column(finished, "seconds").sum().item(), abs=0.01)
-    assert summary["train_seconds"] == pytest.approx((2_001 / column(finished, "images_per_second")).sum().item(), 0.01)
-    assert summary["milliseconds_per_step"] == pytest.approx(
-        1e3 * (2_001 / column(finished, "images_per_second")).median().item() / 5, rel=0.01)
+    epoch_seconds = 2_001 / column(finished, "images_per_second")
+    for name, expected in [("val_loss", float(best["val_loss"])), ("seconds", column(finished, "seconds").sum().item()),
+                           ("train_seconds", epoch_seconds.sum().item()),
+                           ("milliseconds_per_step", 1e3 * epoch_seconds.median().item() / 5)]:
+        assert summary[name] == pytest.approx(expected, rel=0.01, abs=1e-6 if name == "val_loss" else 0.01)
     assert facts["parameters"] == summary["parameters"] == sum(
         weights.numel() for weights in torch.load(finished / "best.pt", weights_only=True).values())
     assert list(settings) == records.SETTINGS and settings["amp"] == "off" and settings["plugin"] is None
@@ -630,6 +346,8 @@ def test_records(finished):
     assert facts["flops_per_image"] == 2 * products
     last = records.read_checkpoint(finished / "last.pt")
     assert last["seeds"] == [0] and [row["epoch"] for row in last["metrics"][0]] == [1, 2, 3]
+    assert set(summary["crc32"]) == {"summary.json", "config.json", "metrics.csv", *records.ANALYSIS}
+    assert summary["crc32"] == records.checksums(finished, summary)
 
 
 def test_records_of_a_stack(finished_stack):
@@ -649,13 +367,6 @@ def test_records_of_a_stack(finished_stack):
         loss, accuracy = loss_by_hand(model, cut(mnist()["test"], 2_001), settings)
         assert summary["test_loss"] == pytest.approx(loss, abs=1e-5) and summary["test_accuracy"] == accuracy
     assert len({row["val_loss"] for folder in folders for row in untimed(folder)}) == 6
-
-
-def test_checksums(finished):
-    """summary.json has a checksum of itself and of each file that charts are drawn from."""
-    sums = read_json(finished / "summary.json")["crc32"]
-    assert set(sums) == {"summary.json", "config.json", "metrics.csv", *records.ANALYSIS}
-    assert sums == records.checksums(finished, read_json(finished / "summary.json"))
 
 
 def test_checkpoints(finished, finished_stack, tmp_path):
@@ -695,26 +406,24 @@ def test_git_commit(tmp_path, monkeypatch):
         return subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=e@x.org", *arguments], cwd=tmp_path,
                               capture_output=True, text=True, check=True).stdout.strip()
 
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    (tmp_path / "records.py").write_text("one = 1\n")
+    module = tmp_path / "records.py"
+    monkeypatch.setattr(records, "__file__", str(module))
+    module.write_text("one = 1\n")
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         git(*arguments)
-    commit = git("rev-parse", "HEAD")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/plugin.py").write_text("two = 2\n")
-    assert records.git_commit() == commit
-    (tmp_path / "records.py").write_text("one = 2\n")
-    assert records.git_commit() == commit + "-dirty"
+    (tmp_path / "plugin.py").write_text("two = 2\n")
+    assert records.git_commit() == git("rev-parse", "HEAD")
+    module.write_text("one = 2\n")
+    assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_whole_writes(tmp_path, monkeypatch):
     """A write is whole or not at all, whoever reads meanwhile."""
-    path = tmp_path / "summary.json"
-    records.write_whole(path, "old")
-
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
+    path = tmp_path / "summary.json"
+    records.write_whole(path, "old")
     with monkeypatch.context() as patch, pytest.raises(records.UserError, match=str(path)):
         patch.setattr(os, "fsync", fail)
         records.write_whole(path, "new")
@@ -753,12 +462,16 @@ def test_best_weights_are_tested_once(tmp_path, monkeypatch):
 
 # Interrupted and resumed.
 
+def few_images(monkeypatch, count):
+    load_splits = data.load_splits
+    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
+        name: cut(split, count) for name, split in load_splits(*arguments).items()})
+
+
 def test_interrupted_at_any_write(tmp_path, monkeypatch):
     """A stack that ends at any of its writes and is started again leaves what one does that was never interrupted."""
-    flags, replace, load_splits = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1"], os.replace, (
-        data.load_splits)
-    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
-        name: cut(split, 201) for name, split in load_splits(*arguments).items()})
+    flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1"], os.replace
+    few_images(monkeypatch, 201)
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
     plan = train.plan_experiments(train.parse_flags(list(map(str, flags))), CPU, None)
     monkeypatch.setattr(train, "plan_experiments", lambda *arguments: plan)  # which is the same each time
@@ -815,16 +528,15 @@ def test_killed_and_resumed(finished, finished_stack, tmp_path, monkeypatch, cap
         assert_same_run(folder, finished_stack / folder.name)
 
 
-def end_at(monkeypatch, epoch):
-    """Raise KeyboardInterrupt, as Ctrl-C does, when an epoch is drawn."""
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def end_at(monkeypatch, epoch, how=interrupt):
+    """End as by Ctrl-C when an epoch is drawn."""
     draw_epoch = data.draw_epoch
-
-    def draw_or_end(seeds, number, *arguments):
-        if number == epoch:
-            raise KeyboardInterrupt
-        return draw_epoch(seeds, number, *arguments)
-
-    monkeypatch.setattr(data, "draw_epoch", draw_or_end)
+    monkeypatch.setattr(data, "draw_epoch", lambda seeds, number, *arguments: (
+        how() if number == epoch else draw_epoch(seeds, number, *arguments)))
 
 
 def test_a_stack_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
@@ -850,9 +562,7 @@ def test_a_stack_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
 def test_ctrl_c(tmp_path, capsys, monkeypatch):
     """Ctrl-C is exit 130 and one line, and what was recorded stays."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
-    draw_epoch = data.draw_epoch
-    monkeypatch.setattr(data, "draw_epoch", lambda seeds, epoch, *arguments: (
-        signal.raise_signal(signal.SIGINT) if epoch == 2 else draw_epoch(seeds, epoch, *arguments)))
+    end_at(monkeypatch, epoch=2, how=lambda: signal.raise_signal(signal.SIGINT))
     try:
         assert command(*TINY, "--epochs", "2", "--runs-dir", tmp_path) == 130
     finally:
@@ -888,13 +598,7 @@ def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
     flags = [*TINY, "--model", "vitdiffv2", "--dataset", "clutteredmnist", "--patch-size", "12", "--epochs", "1",
              "--distractors", "3", "--analysis", "--runs-dir", tmp_path]
     folder = tmp_path / "clutteredmnist-vitdiffv2-seed0"
-
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    load_splits = data.load_splits
-    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
-        name: cut(split, 300) for name, split in load_splits(*arguments).items()})
+    few_images(monkeypatch, 300)
     monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "blur")})
     with monkeypatch.context() as patch:
         patch.setattr(analysis, "measure_attention", interrupt)
@@ -913,26 +617,19 @@ def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
 BAD_FLAGS = [
     (["--model", "vitdif"], ["'vitdif'", "vitdiff?", "--plugin FILE"]),
     (["--dataset", "fashion-mnist"], ["'fashion-mnist'", "fashionmnist?"]),
-    (["--dataset", "imagenet"], ["'imagenet': there are mnist"]),
     (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]),
     (["--dim", "33"], ["width 33", "2 heads"]),
     (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),
     (["--dim", "999999999999"], ["--dim", "'999999999999'"]),
     (["--epochs", "0"], ["--epochs", "'0'"]),
-    (["--epochs", "2.5"], ["--epochs", "'2.5'"]),
-    (["--batch-size", "0"], ["--batch-size", "'0'"]),
     (["--batch-size", "55001"], ["--batch-size", "55001", "55000", "mnist"]),
     (["--lr", "nan"], ["--lr", "'nan'"]),
     (["--lr=-1e-3"], ["--lr", "'-1e-3'"]),
     (["--muon-lr", "inf"], ["--muon-lr", "'inf'"]),
-    (["--weight-decay", "x"], ["--weight-decay", "'x'"]),
     (["--dropout", "1"], ["--dropout", "'1'"]),
-    (["--dropout=-0.1"], ["--dropout", "'-0.1'"]),
-    (["--label-smoothing", "1"], ["--label-smoothing", "'1'"]),
     (["--warmup", "1.5"], ["--warmup", "'1.5'"]),
     (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
     (["--optimizer", "sgd"], ["--optimizer", "'sgd'", "adamw"]),
-    (["--compile", "maybe"], ["--compile", "'maybe'", "auto"]),
     (["--device", "cuda:99"], ["--device cuda:99", "--device auto"]),
     (["--device", "gpu"], ["--device gpu", "--device auto"]),
     (["--nonsense"], ["--nonsense"]),
@@ -940,9 +637,7 @@ BAD_FLAGS = [
     (["--distractors", "4"], ["--distractors", "mnist", "clutteredmnist", "clutteredfashionmnist"]),
     (["--dataset", "clutteredmnist", "--distractors=-1"], ["--distractors", "'-1'"]),
     (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]),
-    (["--stack", "0"], ["--stack", "'0'"]),
     (["--plugin", "missing.py"], ["missing.py"]),
-    (["--plugin", "data"], ["data"]),
     (["--plugin", "README.md"], ["README.md"]),
     (["@missing.txt"], ["missing.txt"]),
     (["@data"], ["data"]),
@@ -984,15 +679,19 @@ def test_other_settings(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "summary.json"])
 def test_damaged_records(finished, tmp_path, capsys, name):
-    """A record that is cut short, empty or foreign is named, is left as it is, and exit 2."""
-    folder = copy_run(finished, tmp_path)
-    if name.endswith(".pt"):
-        (folder / "summary.json").unlink()
-    content = (folder / name).read_bytes()
-    foreign = io.BytesIO()
+    """A record that is cut short, empty or foreign is named, is left as it is, and exit 2; so is a config.json that
+    does not say which seeds of an interrupted run were side by side."""
+    folder, foreign = copy_run(finished, tmp_path), io.BytesIO()
     torch.save(dict(weights=torch.zeros(3)), foreign)
-    for bad in (content[:len(content) // 2], b"", b"not a record", foreign.getvalue(), b"{}", b"[]",
-                b'{"settings": {}, "facts": []}'):
+    content = (folder / name).read_bytes()
+    damaged = [content[:len(content) // 2], b"", b"not a record", foreign.getvalue(), b"{}", b"[]",
+               b'{"settings": {}, "facts": []}']
+    if name != "summary.json":
+        (folder / "summary.json").unlink()
+    if name == "config.json":
+        damaged += [json.dumps(json.loads(content) | dict(facts=facts)).encode() for facts in (
+            {}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=[0, "1"]), dict(stack=None))]
+    for bad in damaged:
         (folder / name).write_bytes(bad)
         assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", folder.parent) == 2, bad
         assert_one_line(capsys, folder / name, "--overwrite")
@@ -1000,102 +699,73 @@ def test_damaged_records(finished, tmp_path, capsys, name):
     assert untimed(folder) == untimed(finished)
 
 
-def test_damaged_stack(tmp_path, monkeypatch, capsys):
-    """Of an interrupted run, a config.json that does not say which seeds were side by side is named."""
-    path, flags = tmp_path / "mnist-vitdiff-seed0/config.json", [*TINY, "--runs-dir", tmp_path]
-    end_at(monkeypatch, epoch=1)
-    assert command(*flags) == 130
-    config = read_json(path)
-    capsys.readouterr()
-    for bad in ({}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=[0, "1"]), dict(stack=None)):
-        path.write_text(json.dumps(config | dict(facts=bad)))
-        assert command(*flags) == 2
-        assert_one_line(capsys, path, "--overwrite")
-
-
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
-def test_flipped_bits(finished, tmp_path, capsys, name):
+def test_flipped_bits(finished, tmp_path, name):
     """A flipped bit in a checkpoint, wherever it is, is noticed, or changes nothing of what is read."""
     def flat(value):
-        if isinstance(value, dict):
-            value = list(value.items())
+        value = list(value.items()) if isinstance(value, dict) else value
         if isinstance(value, (list, tuple)):
             return [part for member in value for part in flat(member)]
         return [value.tolist() if torch.is_tensor(value) else value]
 
-    content, generator, noticed = bytearray((finished / name).read_bytes()), random.Random(0), 0
+    content, generator, path = (finished / name).read_bytes(), random.Random(0), tmp_path / name
     original = repr(flat(records.read_checkpoint(finished / name)))
-    path = tmp_path / "runs" / finished.name / name
-    shutil.copytree(finished, path.parent)
-    with zipfile.ZipFile(path) as archive:
-        data_starts = [info.header_offset + 30 + len(info.filename) + content[info.header_offset + 28]
-                       + 256 * content[info.header_offset + 29] for info in archive.infolist()]
+    with zipfile.ZipFile(finished / name) as archive:
+        starts = [info.header_offset + 30 + len(info.filename) + content[info.header_offset + 28]
+                  + 256 * content[info.header_offset + 29] for info in archive.infolist()]
         in_data = [generator.randrange(start, start + info.file_size)
-                   for start, info in zip(data_starts, archive.infolist()) if info.file_size for _ in range(5)]
-    for position in in_data + [generator.randrange(len(content)) for _ in range(200)]:
-        content[position] ^= 1 << generator.randrange(8)
-        flipped = bytes(content)
+                   for start, info in zip(starts, archive.infolist()) if info.file_size for _ in range(5)]
+    noticed = set()
+    for position in in_data + [generator.randrange(len(content)) for _ in range(100)]:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << generator.randrange(8)
         path.write_bytes(flipped)
-        content = bytearray((finished / name).read_bytes())
         try:
-            assert repr(flat(records.read_checkpoint(path))) == original and position not in in_data
+            assert repr(flat(records.read_checkpoint(path))) == original
         except records.UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
-            noticed, damaged = noticed + 1, flipped
-    assert noticed > len(in_data)
-    path.write_bytes(damaged)
-    (path.parent / "summary.json").unlink()
-    assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", tmp_path / "runs") == 2
-    assert_one_line(capsys, path)
+            noticed.add(position)
+    assert set(in_data) < noticed
 
 
-def test_second_process(tmp_path, capsys):
-    """A run that another process trains is refused, and the lock is gone with its holder."""
-    folder = tmp_path / "mnist-vitdiff-seed0"
-    with records.locked(folder):
-        assert command(*TINY, "--runs-dir", tmp_path) == 2
-    assert_one_line(capsys, folder)
-    with records.locked(folder):
-        pass
-
-
-def test_strays(tmp_path, capsys):
-    """A folder that is not a run's, or a file in its place, is named and left alone."""
-    (tmp_path / "mnist-vitdiff-seed0").write_text("mine")
-    assert command("--runs-dir", tmp_path) == 2
-    assert_one_line(capsys, tmp_path / "mnist-vitdiff-seed0")
-    (tmp_path / "mnist-vit-seed0").mkdir()
-    (tmp_path / "mnist-vit-seed0/metrics.csv").write_text("mine")
-    assert command("--model", "vit", "--runs-dir", tmp_path) == 2
-    assert_one_line(capsys, tmp_path / "mnist-vit-seed0", "metrics.csv", "config.json")
-    assert (tmp_path / "mnist-vit-seed0/metrics.csv").read_text() == "mine"
-    assert (tmp_path / "mnist-vitdiff-seed0").read_text() == "mine"
+def test_folders_in_use(tmp_path, capsys):
+    """A folder that another process trains in, or that is not a run's, or a file in its place, is named and left alone;
+    the lock is gone with its holder."""
+    folder, other = tmp_path / "mnist-vitdiff-seed0", tmp_path / "mnist-vit-seed0"
+    for _ in range(2):
+        with records.locked(folder):
+            assert command(*TINY, "--runs-dir", tmp_path) == 2
+        assert_one_line(capsys, folder)
+    folder.rmdir()
+    folder.write_text("mine")
+    other.mkdir()
+    (other / "metrics.csv").write_text("mine")
+    for model, words in [("vitdiff", [folder]), ("vit", [other, "metrics.csv", "config.json"])]:
+        assert command("--model", model, "--runs-dir", tmp_path) == 2
+        assert_one_line(capsys, *words)
+    assert folder.read_text() == (other / "metrics.csv").read_text() == "mine"
 
 
 def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
-    """A loss that is not finite is one line with epoch and step, and the record of the epochs before is kept."""
-    calls, stack_logits = itertools.count(), train.stack_logits
-    monkeypatch.setattr(train, "stacking_obstacle", lambda settings: None)
-    monkeypatch.setattr(train, "stack_logits", lambda *arguments: stack_logits(*arguments) * (
-        math.nan if next(calls) >= STEPS + 2 else 1))
+    """A loss that is not finite is one line with epoch and step, or validation, and the record of the epochs before is
+    kept."""
+    flags = ["--batch-size", "2001", "--optimizer", "adamw", "--lr", "1e38", "--runs-dir", tmp_path / "validation"]
+    assert command(*TINY, *flags) == 2
+    assert_one_line(capsys, "epoch 1, validation", "--lr")
+    calls, step = itertools.count(), train.train_step
+    monkeypatch.setattr(train, "train_step", lambda net, images, labels, share, **others: step(
+        net, images, labels, share * (math.nan if next(calls) == STEPS + 2 else 1), **others))
     assert command(*TINY, "--epochs", "3", "--seed", "0", "1", "--runs-dir", tmp_path) == 2
     assert_one_line(capsys, tmp_path / "mnist-vitdiff-seed0", "nan", "epoch 2, step 3 of 5", "--lr")
     for seed in (0, 1):
         folder = tmp_path / f"mnist-vitdiff-seed{seed}"
         assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
     last = records.read_checkpoint(tmp_path / "mnist-vitdiff-seed0/last.pt")
-    assert [len(rows) for rows in last["metrics"]] == [1, 1] and last["leaves"]["muon"].isfinite().all()
-
-
-def test_validation_loss_that_is_not_finite(tmp_path, capsys):
-    """A rate that is far too high ends a run by such a line, at the latest in validation."""
-    assert command(*TINY, "--batch-size", "2001", "--optimizer", "adamw", "--lr", "1e38", "--runs-dir", tmp_path) == 2
-    assert_one_line(capsys, "epoch 1, validation", "--lr")
+    assert [len(rows) for rows in last["metrics"]] == [1, 1] and last["leaves"]["matrices"].isfinite().all()
 
 
 def test_full_disk(tmp_path, capsys):
-    """A full disk is one line and loses nothing. A limit on the size of files, which a checkpoint exceeds, stands for
-    it."""
+    """A full disk, for which a limit on the size of files stands, is one line and loses nothing."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -1130,14 +800,18 @@ class Misshapen(SelfAttention):
 
 @pytest.mark.parametrize("where", ["forward", "attention_map"])
 def test_bugs_keep_their_traceback(tmp_path, monkeypatch, where):
-    """A bug in a user's attention is raised as it is, in training and in the analysis."""
+    """A bug in a user's attention is raised as it is, in training and in the analysis, and so is one in a plugin."""
     monkeypatch.setitem(MODELS, "vitbug", dict(attention=Misshapen))
     monkeypatch.setattr(Misshapen, "where", where)
-    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "blur")})
+    monkeypatch.setattr(data, "CORRUPTIONS", dict(gaussian_noise=data.CORRUPTIONS["gaussian_noise"]))
     with pytest.raises(RuntimeError, match="shape") as error:
         command(*TINY, "--epochs", "1", "--model", "vitbug", "--analysis", "--runs-dir", tmp_path)
     assert any(entry.name == where and entry.path == Path(__file__) for entry in error.traceback)
     assert not (tmp_path / "mnist-vitbug-seed0/summary.json").exists()
+    plugin = run_plugin(tmp_path, monkeypatch, "\n\n1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as error:
+        command(*TINY, "--plugin", plugin, "--runs-dir", tmp_path / "runs")
+    assert str(error.traceback[-1].path) == str(plugin) and error.traceback[-1].lineno == 2
 
 
 def test_attention_without_a_map(tmp_path, monkeypatch, capsys):
@@ -1213,197 +887,3 @@ def test_a_changed_plugin(tmp_path, monkeypatch, capsys):
     assert command(*again) == 0
     assert command(*again, "--overwrite") == 0
     assert (folder / "my plugin.py").read_text() == ""
-
-
-def test_a_bug_in_a_plugin(tmp_path, monkeypatch):
-    """An exception of the plugin's own keeps its traceback."""
-    plugin = run_plugin(tmp_path, monkeypatch, "\n\n1 / 0\n")
-    with pytest.raises(ZeroDivisionError) as error:
-        command(*TINY, "--plugin", plugin, "--runs-dir", tmp_path / "runs")
-    assert str(error.traceback[-1].path) == str(plugin) and error.traceback[-1].lineno == 2
-    assert not (tmp_path / "runs").exists()
-
-
-# The machine.
-
-def test_cuda_device_is_made_current(monkeypatch):
-    """--device cuda:1 makes that card the current one."""
-    current, zeros = [], torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    assert analysis.pick_device("cuda:1") == torch.device("cuda:1") == current[0]
-
-
-def test_precision():
-    """--amp auto is bfloat16 on a card that has it, float16 on another, and off on a CPU."""
-    assert train.resolve_amp("auto", CPU) == "off" and train.resolve_amp("float16", CPU) == "float16"
-    for has_bfloat16, expected in [(True, "bfloat16"), (False, "float16")]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-            assert train.resolve_amp("auto", torch.device("cuda")) == expected
-
-
-WARN_IF_BUSY = train.warn_if_busy  # as it is outside of these tests
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
-def test_busy_cores(monkeypatch, capsys):
-    """A core that another process keeps busy is not idle; when fewer are idle than threads are used, a line says so.
-    """
-    monkeypatch.setattr(torch, "get_num_threads", os.cpu_count)
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
-                          stdout=subprocess.PIPE) as process:
-        process.stdout.read(1)
-        idle = train.idle_cores()
-        process.kill()
-    assert 0 <= idle < os.cpu_count() - 0.4
-    monkeypatch.setattr(train, "idle_cores", lambda: idle)
-    WARN_IF_BUSY(torch.device("cuda"))
-    WARN_IF_BUSY(CPU)
-    if os.cpu_count() > 1 and idle < os.cpu_count() - 0.5:
-        assert_one_line(capsys, f"{idle:.1f} idle", "OMP_NUM_THREADS=1")
-    for cores in (None, os.cpu_count()):
-        monkeypatch.setattr(train, "idle_cores", lambda: cores)
-        WARN_IF_BUSY(CPU)
-    assert capsys.readouterr().err == ""
-
-
-# Processes.
-
-def torchrun(*flags, **environment):
-    """train.py in two processes, connected by gloo on loopback."""
-    return launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", *flags,
-                  **environment)
-
-
-def test_two_processes(tmp_path, monkeypatch):
-    """Two processes give the losses of one. When one dies the other ends too, and the same command resumes. The last
-    batch is a single image, of which one process has nothing."""
-    plugin = run_plugin(tmp_path, monkeypatch, SMALL)
-    flags = [*TINY, "--epochs", "4", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", "0", "1", "--plugin", plugin]
-    folders = [tmp_path / f"two/mnist-vitdiff-seed{seed}" for seed in (0, 1)]
-    process = torchrun(*flags, "--runs-dir", tmp_path / "two", KILLED="rank 1 epoch 3 batch 3")
-    process.communicate(timeout=300)
-    assert process.returncode != 0 and not (folders[0] / "summary.json").exists()
-    assert [len(untimed(folder)) for folder in folders] == [2, 2]
-    process = torchrun(*flags, "--runs-dir", tmp_path / "two")
-    assert command(*flags, "--runs-dir", tmp_path / "one") == 0  # meanwhile
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.count("resumed after epoch 2 of 4") == 2 and out.count(" epoch 4/4 ") == 2  # one process writes
-    for two in folders:
-        one = tmp_path / "one" / two.name
-        assert records.read_config(two)[1]["processes"] == 2
-        for name, atol in [("train_loss", 1e-4), ("train_accuracy", 1e-3), ("val_loss", 1e-4)]:
-            torch.testing.assert_close(column(two, name), column(one, name), rtol=0, atol=atol)
-
-
-# CUDA.
-
-@pytest.fixture
-def cuda():
-    """The device, in the state that train.py puts it into; deterministic algorithms are for this test alone."""
-    yield analysis.pick_device("cuda")
-    torch.use_deterministic_algorithms(False)
-
-
-CUDA = [*TINY, "--device", "cuda"]
-
-
-@needs_cuda
-@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
-@pytest.mark.parametrize("model", MODELS)
-def test_cuda_losses(cuda, model, seeds):
-    """On CUDA a model, and a stack of it, have the losses of the CPU, and in bfloat16 nearly."""
-    flags = ["--lr", "1e-3", "--muon-lr", "2e-3", "--no-augment"]
-    expected = first_losses(*make_stack(*flags, model=model, seeds=seeds))
-    losses = first_losses(*make_stack(*flags, "--amp", "off", model=model, seeds=seeds, device=cuda))
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
-    losses = first_losses(*make_stack(*flags, "--amp", "bfloat16", model=model, seeds=seeds, device=cuda))
-    torch.testing.assert_close(losses, expected, rtol=0.03, atol=0)
-
-
-@needs_cuda
-@pytest.mark.parametrize("flags", [
-    ["--amp", "off"], ["--amp", "bfloat16", "--seed", "0", "1"], ["--amp", "float16"], ["--compile", "yes"],
-    ["--dataset", "clutteredmnist", "--patch-size", "12"]], ids=" ".join)
-def test_cuda_repeats_a_record(cuda, tmp_path, flags):
-    """On CUDA the same seed gives the same record, analysis included."""
-    for runs in ("first", "second"):
-        assert command(*CUDA, "--epochs", "2", "--dropout", "0.1", "--analysis", *flags, "--runs-dir",
-                       tmp_path / runs) == 0
-    for folder in (tmp_path / "first").iterdir():
-        again = tmp_path / "second" / folder.name
-        assert_same_run(again, folder)
-        for name in records.ANALYSIS:
-            assert (again / name).read_bytes() == (folder / name).read_bytes()
-
-
-@needs_cuda
-@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
-def test_cuda_resumes(cuda, tmp_path, monkeypatch, seeds):
-    """A run on CUDA, or a stack, that was interrupted is resumed to the record of one that never was."""
-    flags = [*CUDA, "--epochs", "3", "--dropout", "0.1", "--seed", *seeds]
-    assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        end_at(patch, epoch=2)
-        assert command(*flags, "--runs-dir", tmp_path / "parts") == 130
-    assert command(*flags, "--runs-dir", tmp_path / "parts") == 0
-    for folder in (tmp_path / "whole").iterdir():
-        assert_same_run(tmp_path / "parts" / folder.name, folder)
-
-
-@needs_cuda
-@pytest.mark.parametrize("amp", ["off", "bfloat16"])
-@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
-def test_cuda_captured_losses(cuda, tmp_path, seeds, amp):
-    """Captured steps, and the smaller last batch of each epoch after them, have the losses of plain ones."""
-    flags = [*CUDA, "--amp", amp, "--epochs", "3", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", *seeds]
-    for choice in ("yes", "no"):
-        assert command(*flags, "--compile", choice, "--runs-dir", tmp_path / choice) == 0
-    for folder in (tmp_path / "yes").iterdir():
-        plain = tmp_path / "no" / folder.name
-        assert [records.read_config(run)[1]["compiled"] for run in (folder, plain)] == [True, False]
-        for name in ("train_loss", "val_loss"):
-            torch.testing.assert_close(column(folder, name), column(plain, name), rtol=0,
-                                       atol=1e-4 if amp == "off" else 1e-2)
-
-
-@needs_cuda
-@pytest.mark.parametrize("seeds", [[0], [0, 1]])
-def test_cuda_captured_dropout(cuda, seeds):
-    """Each replay of a captured step drops out anew: losses differ although weights stay and images are equal."""
-    stack, splits, settings = make_stack("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=4_000,
-                                         seeds=seeds, device=cuda, captured=True)
-    splits["train"] = repeat_image(splits["train"])
-    losses = first_losses(stack, splits, settings)
-    assert losses.shape == (len(seeds), 8) and losses.isfinite().all()
-    assert all(len(set(of_seed.tolist())) == 8 for of_seed in losses)
-
-
-@needs_cuda
-def test_cuda_weights_load_anywhere(cuda, tmp_path):
-    """The checkpoints of a run on CUDA hold tensors of the CPU, and its best weights give its figures there."""
-    assert command(*CUDA, "--amp", "off", "--epochs", "1", "--runs-dir", tmp_path) == 0
-    folder = tmp_path / "mnist-vitdiff-seed0"
-    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt"))
-    assert all(weights.device == CPU for weights in [*best.values(), *last["leaves"].values()])
-    assert all(value.device == CPU for state in last["optimizer"].values() for value in state.values())
-    settings, _ = records.read_config(folder)
-    loss, _ = loss_by_hand(analysis.load_model(folder, settings, CPU), cut(mnist()["test"], 2_001), settings)
-    assert read_json(folder / "summary.json")["test_loss"] == pytest.approx(loss, abs=1e-4)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA cards")
-def test_second_cuda_card(tmp_path):
-    """A run on --device cuda:1, captured, has the losses of one on the first card."""
-    flags = [*TINY, "--amp", "off", "--epochs", "2", "--compile", "yes"]
-    for device in ("cuda:0", "cuda:1"):
-        assert command(*flags, "--device", device, "--runs-dir", tmp_path / device) == 0
-        assert f"cuda:{torch.cuda.current_device()}" == device
-    torch.use_deterministic_algorithms(False)
-    torch.testing.assert_close(*(column(tmp_path / device / "mnist-vitdiff-seed0", "train_loss")
-                                 for device in ("cuda:0", "cuda:1")), rtol=0, atol=1e-5)

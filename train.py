@@ -177,18 +177,18 @@ def resolve_settings(args, model, dataset, seed, device, plugin=None):
 # The step.
 
 def train_step(net, images, labels, share, optimizer, scaler, settings):
-    """One step of every seed: images (S, B, C, H, W) and labels (S, B) -> losses (S,) and correct answers (S,).
+    """A training step of every seed: images (S, B, C, H, W), labels (S, B) -> losses (S,), correct answers (S,).
 
-    Each image counts `share` in the loss of its seed: one part in the size of the batch, of which each rank has a part.
+    `share` is what an image counts in the loss of its seed: 1 / size of the batch, of which each rank has a part.
     """
     with torch.autocast(**machine.precision(settings["amp"], images.device)):
         logits = net(images)  # (S, B, classes)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
                                  label_smoothing=settings["label_smoothing"])  # (S * B,)
         losses = losses.view_as(labels).sum(1) * share  # (S,)
-        correct = (logits.argmax(2) == labels).sum(1)
     scaler.scale(losses.sum()).backward()
-    losses, gradients = losses.detach(), [parameter.grad for parameter in net.parameters()]  # (S, P) each
+    losses, correct = losses.detach(), (logits.argmax(2) == labels).sum(1)
+    gradients = [parameter.grad for parameter in net.parameters()]  # (S, P) each
     machine.all_reduce([*gradients, losses, correct])
     scaler.unscale_(optimizer)
     if settings["clip"]:
@@ -208,6 +208,12 @@ def clip_gradients(gradients, max_norm):
 
 
 # The loop.
+
+# Runs that are trained side by side. Of each, in lists: its seed, folder, rows of metrics.csv and best epoch. Of all:
+# net, a StackedModel; step(images, labels, share), which is train_step of these runs; fast_step, the same for whole
+# batches alone, compiled or captured if that was asked for.
+Runs = namedtuple("Runs", "seeds folders metrics best net optimizer scaler step fast_step")
+
 
 def lr_factor(step, steps, warmup, decay):
     """The share of the peak rate at a step counted from 0: up over warmup * steps, flat, down over decay * steps."""
@@ -246,7 +252,7 @@ def train_stack(runs, splits, settings):
                 factor = lr_factor((epoch - 1) * steps + number, settings["epochs"] * steps, settings["warmup"],
                                    settings["decay"])
                 set_lr(runs.optimizer, factor)
-                step = runs.fast_step if number < whole_batches else runs.step
+                step = runs.fast_step if number < whole_batches else runs.step  # both are train_step
                 losses[:, number], batch_correct = step(images, labels, share)
                 correct += batch_correct
                 show_progress(bar, losses[:, number])
@@ -311,13 +317,10 @@ def print_epoch(folder, settings, row):
     sys.stdout.flush()
 
 
-# The runs: those that differ in their seed alone are an Experiment, whose settings are those of the first seed; those
-# of them that are trained side by side are Runs. seeds, folders, metrics (rows of metrics.csv) and best (best epoch)
-# have an entry a run; net is the StackedModel of all. step(images, labels, share) is train_step for these runs, and
-# fast_step the same for whole batches alone, compiled or captured where that was asked for.
+# The runs.
 
+# Runs that differ in their seed alone: the settings are those of the first of `seeds`.
 Experiment = namedtuple("Experiment", "settings facts seeds stack_size")
-Runs = namedtuple("Runs", "seeds folders metrics best net optimizer scaler step fast_step")
 
 
 def training_size(dataset):

@@ -1,0 +1,409 @@
+"""Claims about many seeds as one module: a stack is its models, plain, compiled and captured."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import shutil
+import statistics
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import analysis
+import machine
+import records
+import stack
+import train
+from test_data import CPU, cut, mnist
+from test_models import randomize
+from test_muon import muon_by_hand
+from test_train import (STEPS, TINY, assert_same_run, column, command, end_at, epoch_losses, launch, loss_by_hand,
+                        make_runs, needs_cuda, read_json, repeat_image, settings_for, small)
+from vit import MODELS, SelfAttention, build_model
+
+pytestmark = pytest.mark.usefixtures("small")
+float64 = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+
+
+class Buffered(SelfAttention):
+    """Self-attention with a buffer that counts the training steps."""
+
+    def __init__(self, dim, num_heads, **kwargs):
+        super().__init__(dim, num_heads, **kwargs)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return super().forward(x)
+
+
+# A stack is its models.
+
+def step_by_hand(model, gradients, settings):
+    """Take the first step of a single model: Muon by its formula, and torch's AdamW."""
+    matrices = {name for name, weight in model.named_parameters()
+                if weight.ndim > 1 and name not in ("cls_token", "pos_embed") and "lambda" not in name}
+    with_muon, decay = settings["optimizer"] == "muon", settings["weight_decay"]
+    adamw = torch.optim.AdamW([dict(params=[weight], weight_decay=decay if name in matrices else 0)
+                               for name, weight in model.named_parameters() if not (with_muon and name in matrices)],
+                              lr=settings["lr"])
+    for name, weight in model.named_parameters():
+        weight.grad = gradients[name]
+        if with_muon and name in matrices:
+            matrix, gradient = weight.detach().flatten(1), weight.grad.flatten(1)
+            weight.data = muon_by_hand(matrix, [gradient], settings["muon_lr"], decay).view_as(weight)
+    adamw.step()
+
+
+@pytest.mark.parametrize("model, optimizer", [*itertools.product(MODELS, ["muon"]), ("vitdiff", "adamw")])
+def test_a_stack_is_its_models(monkeypatch, model, optimizer):
+    """A stack of five equals five single models, to 1e-12 in float64: logits, losses, gradients, of which clipping
+    shortens the longer ones alone, and the weights after a step of the optimizer."""
+    settings = settings_for("--optimizer", optimizer, model=model)
+    models = [randomize(analysis.make_model(settings | dict(seed=seed))).train() for seed in range(5)]
+    net = stack.StackedModel(copy.deepcopy(models))
+    images, labels = torch.randn(5, 6, 1, 28, 28).double(), torch.randint(10, (5, 6))
+    singles = [single(images[i]) for i, single in enumerate(models)]
+    losses = [F.cross_entropy(logits, labels[i], label_smoothing=0.1) for i, logits in enumerate(singles)]
+    gradients = [dict(zip(dict(single.named_parameters()), torch.autograd.grad(loss, list(single.parameters()))))
+                 for single, loss in zip(models, losses)]
+    norms = [torch.cat([gradient.flatten() for gradient in of_one.values()]).norm().item() for of_one in gradients]
+    settings["clip"] = statistics.median(norms)
+    float64(net(images), torch.stack(singles))
+    found, optimizer = [], stack.make_optimizer(net, settings)
+    monkeypatch.setattr(train, "clip_gradients", lambda parts, max_norm, clip=train.clip_gradients: (
+        found.append([part.clone() for part in parts]), clip(parts, max_norm)))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step_losses, correct = train.train_step(net, images, labels, 1 / 6, optimizer, scaler, settings)
+    float64(step_losses, torch.stack(losses).detach())
+    assert correct.tolist() == [(logits.argmax(1) == labels[i]).sum() for i, logits in enumerate(singles)]
+    net_gradients = cut_rows(net, *found)
+    for i, single in enumerate(models):
+        for name, gradient in gradients[i].items():
+            float64(net_gradients[name][i], gradient, msg=name)
+            gradient.mul_(min(1, settings["clip"] / (norms[i] + 1e-6)))
+        step_by_hand(single, gradients[i], settings)
+        float64(net.model_state(i), single.state_dict())
+
+
+def cut_rows(net, leaves):
+    """{name: (S, *shape)} of tensors in the order and shape of the parameters of `net`."""
+    other = copy.deepcopy(net)
+    for leaf, parameter in zip(leaves, other.parameters(), strict=True):
+        parameter.data = leaf
+    return other.weights()
+
+
+def test_seeds_of_a_stack(monkeypatch):
+    """Each seed of a stack has the initial weights and the batches that it has alone."""
+    seeds = [3, 0, 4294967295]
+    together, splits, settings = make_runs(seeds=seeds)
+    (images, labels, _), *_ = train.epoch_batches(splits["train"], seeds, 1, settings)
+    for i, seed in enumerate(seeds):
+        alone, *_ = make_runs(seeds=[seed])
+        expected = analysis.make_model(settings | dict(seed=seed)).state_dict()
+        for state in (together.net.model_state(i), alone.net.model_state(0)):
+            assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+        (own_images, own_labels, _), *_ = train.epoch_batches(splits["train"], [seed], 1, settings)
+        assert torch.equal(images[i], own_images[0]) and torch.equal(labels[i], own_labels[0])
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_groups(model, optimizer):
+    """One optimizer holds all weights, each once: Muon, or decay, takes the matrices and spares norms, biases, tokens
+    and lambda; each group has its own peak rate."""
+    settings = settings_for("--optimizer", optimizer, "--weight-decay", "0.3", model=model)
+    net = stack.StackedModel([build_model(model, qkv_bias=True) for _ in range(2)])
+    names = [name for name, _ in net.template.named_parameters()]
+    assert list(net.shapes) == [name for name, _ in net.named_parameters()] == ["matrices", "rest"]
+    assert set(net.shapes["matrices"]) == {
+        "patch_embed.proj.weight", "head.fc1.weight", "head.fc2.weight",
+        *(f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))}
+    assert sorted([*net.shapes["matrices"], *net.shapes["rest"]]) == sorted(names)
+    made = stack.make_optimizer(net, settings)
+    assert isinstance(made, torch.optim.AdamW) == (optimizer == "adamw")
+    for group, leaf, decay, peak in zip(made.param_groups, net.parameters(), [0.3, 0.0], [
+            settings["muon_lr" if optimizer == "muon" else "lr"], settings["lr"]], strict=True):
+        assert group["params"][0] is leaf and group["weight_decay"] == decay and group["peak_lr"] == peak
+
+
+def test_dropout_of_a_stack():
+    """Each seed of a stack drops out on its own, and anew at each step of each epoch."""
+    net = stack.StackedModel([build_model("vit", dropout=0.5)] * 2)
+    images = torch.randn(1, 4, 1, 28, 28).expand(2, -1, -1, -1, -1)
+    assert not torch.equal(*net(images))
+    net.template.eval()
+    torch.testing.assert_close(*net(images), rtol=0, atol=1e-6)
+    runs, splits, settings = make_runs("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=1_000)
+    splits["train"] = repeat_image(splits["train"])
+    losses = epoch_losses(runs, splits, settings)
+    assert torch.equal(losses, epoch_losses(runs, splits, settings))
+    runs.metrics[0].append(None)  # as after the first epoch
+    losses = torch.cat([losses, epoch_losses(runs, splits, settings)]).flatten().tolist()
+    assert len(set(losses)) == 4  # of two batches each
+
+
+def test_state_is_loaded_whole(monkeypatch):
+    """A checkpoint brings back weights, buffers, the optimizer's state and the scale of the gradients."""
+    monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
+    (runs, splits, settings), (other, _, _) = (
+        make_runs("--amp", "float16", model="vitbuffered", seeds=[seed]) for seed in (0, 1))
+    epoch_losses(runs, splits, settings)
+    state = copy.deepcopy(stack.get_state(runs.net, runs.optimizer, runs.scaler))
+    state["scaler"]["scale"] = 8.0
+    stack.set_state(other.net, other.optimizer, other.scaler, state)
+    assert other.scaler.get_scale() == 8
+    weights, expected = other.net.model_state(0), runs.net.model_state(0)
+    assert expected["blocks.0.attn.calls"] == STEPS
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for state, expected in zip(other.optimizer.state.values(), runs.optimizer.state.values(), strict=True):
+        assert state and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_default_size():
+    """By default all seeds are stacked, but on a CPU those of images of many tokens are trained one by one."""
+    for dataset, flags, stacked in [("mnist", [], True), ("mnist", ["--patch-size", "4"], True), ("cifar10", [], False),
+                                    ("clutteredmnist", ["--patch-size", "12"], True), ("clutteredmnist", [], False)]:
+        args = train.parse_flags([*flags, "--dataset", dataset, "--model", "vit"])
+        (experiment,) = train.plan_experiments(args, CPU, None)
+        assert experiment.stack_size == (sys.maxsize if stacked else 1)
+        tokens = analysis.make_model(experiment.settings).pos_embed.shape[1]
+        assert stacked == (tokens <= stack.STACKED_TOKENS)
+        assert stack.default_size(tokens, torch.device("cuda")) == sys.maxsize
+
+
+def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
+    """Seeds that cannot be stacked, or are not to be, are trained one after the other, and a line says why."""
+    class InPlace(SelfAttention):
+        def forward(self, x):
+            out = torch.zeros(x.shape)
+            out += super().forward(x)
+            return out
+
+    class Frozen(SelfAttention):
+        def __init__(self, dim, num_heads, **kwargs):
+            super().__init__(dim, num_heads, **kwargs)
+            self.proj.requires_grad_(False)
+
+    for name, attention in [("inplace", InPlace), ("frozen", Frozen), ("buffered", Buffered)]:
+        monkeypatch.setitem(MODELS, f"vit{name}", dict(attention=attention))
+    for model, flags, expected, why in [
+            ("vit", ["--stack", "1"], [[0], [1], [2]], ""), ("vit", ["--stack", "2"], [[0, 1], [2]], ""),
+            ("vit", [], [[0, 1, 2]], ""), ("vit", ["--amp", "float16"], [[0], [1], [2]], "float16"),
+            ("vitbuffered", [], [[0], [1], [2]], "buffers"), ("vitfrozen", [], [[0], [1], [2]], "frozen"),
+            ("vitinplace", [], [[0], [1], [2]], "vmap")]:
+        args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir",
+                                  str(tmp_path)])
+        (experiment,) = train.plan_experiments(args, CPU, None)
+        assert train.unfinished_stacks(experiment, args) == expected
+        out = capsys.readouterr().out
+        assert why in out and ("one after the other" in out) == bool(why)
+
+
+# Compiled and captured.
+
+def test_when_to_compile(tmp_path, monkeypatch):
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided
+    is a fact of the run."""
+    monkeypatch.setattr(stack, "COMPILED_STEPS", 220)  # an epoch of MNIST has 110 batches of 500
+    monkeypatch.setattr(stack, "compile_model", lambda net, *arguments: net)
+    end_at(monkeypatch, epoch=1)
+    for number, (flags, compiler, expected) in enumerate([
+            (["--epochs", "2"], "g++", True), (["--epochs", "1"], "g++", False),
+            (["--epochs", "1", "--seed", "0", "1"], "g++", True),
+            (["--epochs", "1", "--seed", "0", "1", "--stack", "1"], "g++", False),
+            (["--epochs", "2"], None, False), (["--epochs", "2", "--compile", "no"], "g++", False),
+            (["--epochs", "1", "--compile", "yes"], None, True)]):
+        monkeypatch.setattr(stack.shutil, "which", lambda name: compiler)
+        assert command(*TINY, *flags, "--runs-dir", tmp_path / str(number)) == 130
+        facts = [read_json(path)["facts"] for path in (tmp_path / str(number)).glob("*/config.json")]
+        assert {fact["compiled"] for fact in facts} == {expected}
+    assert stack.is_compiled("auto", 10**9, torch.device("cuda")) is False  # until it is measured
+    assert stack.is_compiled("yes", 1, torch.device("cuda")) is True
+
+
+@pytest.mark.parametrize("model, backend", [("vit", "inductor"), ("vitbuffered", "eager")])
+def test_compiled_losses(tmp_path, monkeypatch, model, backend):
+    """Compiled and plain losses agree: of a stack, and of seeds one after the other, more of them than torch compiles
+    of one function. The smaller last batch is not compiled for, and the trial that begins each leaves a model's
+    buffers as they were. "eager" is a stand-in for the compiler, which takes what torch traces as it is."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for choice in ("no", "yes"):
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
+                                         fail_on_recompile_limit_hit=True):
+            assert command(*TINY, "--epochs", "1", "--model", model, "--head-hidden-dim", "0", "--seed", "0", "1",
+                           "--compile", choice, "--runs-dir", tmp_path / choice) == 0
+    for plain in (tmp_path / "no").iterdir():
+        compiled = tmp_path / "yes" / plain.name
+        assert [records.read_config(run)[1]["compiled"] for run in (plain, compiled)] == [False, True]
+        for name in ("train_loss", "val_loss"):
+            torch.testing.assert_close(column(compiled, name), column(plain, name), rtol=0, atol=1e-4)
+        weights = torch.load(compiled / "best.pt", weights_only=True)
+        assert weights.get("blocks.0.attn.calls", STEPS) == STEPS
+
+
+def test_without_a_compiler(tmp_path, monkeypatch, capsys):
+    """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without."""
+    flags = [*TINY, "--epochs", "1", "--model", "vit", "--runs-dir"]
+    process = launch("train.py", *flags, tmp_path / "yes", "--compile", "yes", CXX="/bin/false",
+                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+
+    def fail(*arguments):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(stack, "COMPILED_STEPS", 1)
+    monkeypatch.setattr(stack.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: fail)
+    assert command(*flags, tmp_path / "auto") == 0
+    out, err = capsys.readouterr()
+    assert [line.count("--compile") for line in out.splitlines() if "(no compiler)" in line] == [1] and err == ""
+    assert records.read_config(tmp_path / "auto/mnist-vit-seed0")[1]["compiled"] is False
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and err.count("\n") == 1 and "--compile" in err, err
+    assert not list(tmp_path.glob("yes/*/*"))
+
+
+def test_capture(monkeypatch):
+    """A captured step runs as it is for the first three batches; then its graph is replayed on each batch's own images
+    and labels. The graph is a stand-in, which repeats what was recorded in it."""
+    recording, calls = [], []
+
+    class Graph:
+        def replay(self):
+            self.kernel()
+
+    class Stream:
+        def wait_stream(self, stream):
+            pass
+
+    @contextlib.contextmanager
+    def record(graph, stream):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    for name, stand_in in dict(Stream=Stream, CUDAGraph=Graph, graph=record, current_stream=Stream,
+                               stream=contextlib.nullcontext).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def step(images, labels, share):
+        def kernel():
+            losses.copy_(share * images.sum(1))
+            correct.copy_(labels.sum(1))
+
+        losses, correct = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+        calls.append(kernel)
+        if recording:
+            recording[-1].kernel = kernel
+        else:
+            kernel()
+        return losses, correct
+
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    run = stack.capture(step, optimizer)
+    assert optimizer.param_groups[0]["capturable"]
+    for _ in range(6):
+        images, labels = torch.rand(2, 3), torch.randint(10, (2, 3))
+        losses, correct = run(images, labels, 1 / 3)
+        torch.testing.assert_close(losses, images.mean(1))
+        assert torch.equal(correct, labels.sum(1))
+    assert len(calls) == 4
+
+
+# On CUDA.
+
+CUDA = [*TINY, "--device", "cuda"]
+
+
+@pytest.fixture
+def cuda():
+    """The device, in the state that train.py puts it into; deterministic algorithms are for this test alone."""
+    yield machine.pick_device("cuda")
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_losses(cuda, model, seeds):
+    """On CUDA a model, and a stack of it, have the losses of the CPU, and in bfloat16 nearly."""
+    flags = ["--lr", "1e-3", "--muon-lr", "2e-3", "--no-augment"]
+    expected = epoch_losses(*make_runs(*flags, model=model, seeds=seeds))
+    losses = epoch_losses(*make_runs(*flags, "--amp", "off", model=model, seeds=seeds, device=cuda))
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
+    losses = epoch_losses(*make_runs(*flags, "--amp", "bfloat16", model=model, seeds=seeds, device=cuda))
+    torch.testing.assert_close(losses, expected, rtol=0.03, atol=0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("flags", [
+    ["--amp", "off"], ["--amp", "bfloat16", "--seed", "0", "1"], ["--amp", "float16"], ["--compile", "yes"],
+    ["--dataset", "clutteredmnist", "--patch-size", "12"]], ids=" ".join)
+def test_cuda_repeats_a_record(cuda, tmp_path, monkeypatch, flags):
+    """On CUDA the same seed gives the same record, analysis included, also where it was interrupted and resumed, unless
+    its steps are captured."""
+    flags = [*CUDA, "--epochs", "2", "--dropout", "0.1", "--analysis", *flags]
+    assert command(*flags, "--runs-dir", tmp_path / "first") == 0
+    if "--compile" not in flags:
+        with monkeypatch.context() as patch:
+            end_at(patch, epoch=2)
+            assert command(*flags, "--runs-dir", tmp_path / "second") == 130
+    assert command(*flags, "--runs-dir", tmp_path / "second") == 0
+    for folder in (tmp_path / "first").iterdir():
+        again = tmp_path / "second" / folder.name
+        assert_same_run(again, folder)
+        for name in records.ANALYSIS:
+            assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+@needs_cuda
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+@pytest.mark.parametrize("seeds", [["0"], ["0", "1", "2"]])
+@pytest.mark.parametrize("card", range(min(2, torch.cuda.device_count())))
+def test_cuda_captured_losses(cuda, tmp_path, card, seeds, amp):
+    """Captured steps, and the smaller last batch of each epoch after them, have the losses of plain ones, on the second
+    card too."""
+    flags = [*CUDA, "--amp", amp, "--epochs", "3", "--lr", "1e-3", "--muon-lr", "2e-3", "--seed", *seeds]
+    assert command(*flags, "--compile", "no", "--runs-dir", tmp_path / "no") == 0
+    assert command(*flags, "--compile", "yes", "--device", f"cuda:{card}", "--runs-dir", tmp_path / "yes") == 0
+    assert torch.cuda.current_device() == card
+    for plain in (tmp_path / "no").iterdir():
+        captured = tmp_path / "yes" / plain.name
+        assert [records.read_config(run)[1]["compiled"] for run in (plain, captured)] == [False, True]
+        for name in ("train_loss", "val_loss"):
+            torch.testing.assert_close(column(captured, name), column(plain, name), rtol=0,
+                                       atol=1e-4 if amp == "off" else 1e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_cuda_captured_dropout(cuda, seeds):
+    """Each replay of a captured step drops out anew: losses differ although weights stay and images are equal."""
+    runs, splits, settings = make_runs("--dropout", "0.5", "--lr", "0", "--muon-lr", "0", "--no-augment", count=4_000,
+                                       seeds=seeds, device=cuda, compiled=True)
+    splits["train"] = repeat_image(splits["train"])
+    losses = epoch_losses(runs, splits, settings)
+    assert losses.shape == (len(seeds), 8) and losses.isfinite().all()
+    assert all(len(set(of_seed.tolist())) == 8 for of_seed in losses)
+
+
+@needs_cuda
+def test_cuda_weights_load_anywhere(cuda, tmp_path):
+    """The checkpoints of a run on CUDA hold tensors of the CPU, and its best weights give its figures there."""
+    assert command(*CUDA, "--amp", "off", "--epochs", "1", "--runs-dir", tmp_path) == 0
+    folder = tmp_path / "mnist-vitdiff-seed0"
+    best, last = (torch.load(folder / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert all(weights.device == CPU for weights in [*best.values(), *last["leaves"].values()])
+    assert all(value.device == CPU for state in last["optimizer"].values() for value in state.values())
+    settings, _ = records.read_config(folder)
+    loss, _ = loss_by_hand(analysis.load_model(folder, settings, CPU), cut(mnist()["test"], 2_001), settings)
+    assert read_json(folder / "summary.json")["test_loss"] == pytest.approx(loss, abs=1e-4)

@@ -275,40 +275,41 @@ def response_figures(change, signal, count):
                       signal_cosine / images_and_tokens], 1)
 
 
+def response_rows(condition, block, figures):
+    """Rows of response.csv, from figures (figures, H); what self-attention has not is empty, and so is 0 / 0."""
+    has_two = len(figures) == len(records.RESPONSE_FIGURES)
+    names = [name for name in records.RESPONSE_FIGURES if has_two or not name.endswith(("_2", "cosine"))]
+    for head, values in enumerate(figures.T.tolist()):
+        found = {name: value for name, value in zip(names, values, strict=True) if math.isfinite(value)}
+        yield dict(condition=condition, block=block, head=head) | dict.fromkeys(records.RESPONSE_FIGURES, "") | found
+
+
 @torch.no_grad()
 def measure_response(models, split, settings):
-    """The rows of response.csv of each model: how its branches respond to the noises, each with its shift and its
-    fluctuation, at severity 3. One row for each condition, block and head; what self-attention has not is empty."""
-    outputs_of, count, device = map_models(models, head_outputs), len(split.labels), split.labels.device
-    sums = [[outputs.sum(2) for outputs in outputs_of(images)]
+    """The rows of response.csv of each model: how the branches of its heads respond to the noises, each with its shift
+    and its fluctuation, at severity 3. One row for each condition, block and head."""
+    outputs_of, count = map_models(models, head_outputs), len(split.labels)
+    sums = [[outputs.sum(2, keepdim=True) for outputs in outputs_of(images)]
             for images, _ in data.evaluation_batches(split, settings)]
-    means = [(total(block) / count).float().unsqueeze(2).to(device) for block in zip(*sums)]  # (S, K, 1, H, N, e)
+    means = [total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
     noises = [name for name in data.CORRUPTIONS if data.corruption_kind(name) in data.NOISES]
-    signals, changes = [], {name: [] for name in noises}
+    sums = {name: [] for name in ("clean", *noises)}
     for first, pixels in data.evaluation_pixels(split, settings):
         clean = [outputs_of(*batch) for batch in data.cache_sized(data.normalize(pixels, settings["dataset"]))]
-        signals += [list(map(sum_response, map(torch.sub, outputs, means))) for outputs in clean]
+        sums["clean"] += [[sum_response(block - mean) for block, mean in zip(outputs, means)] for outputs in clean]
         for name in noises:
             corrupted = data.corrupt(pixels, name, 3, first, split, settings)
             batches = data.cache_sized(data.normalize(corrupted, settings["dataset"]))
-            changes[name] += [list(map(sum_response, map(torch.sub, outputs_of(*batch), outputs)))
-                              for batch, outputs in zip(batches, clean)]
-    signal_totals, tables = total_response(signals), [[] for _ in models]
+            sums[name] += [[sum_response(after - before) for after, before in zip(outputs_of(*batch), outputs)]
+                           for batch, outputs in zip(batches, clean)]
+    totals = {name: [[total(part) for part in zip(*block)] for block in zip(*batches)]
+              for name, batches in sums.items()}
+    tables = [[] for _ in models]
     for name in noises:
-        for block, totals in enumerate(zip(total_response(changes[name]), signal_totals)):
-            for table, figures in zip(tables, response_figures(*totals, count)):
-                names = [figure for figure in records.RESPONSE_FIGURES
-                         if len(figures) == len(records.RESPONSE_FIGURES) or not figure.endswith(("_2", "cosine"))]
-                for head, values in enumerate(figures.T.tolist()):
-                    found = {figure: value for figure, value in zip(names, values) if math.isfinite(value)}
-                    table.append(dict(condition=f"{name}_3", block=block, head=head)
-                                 | dict.fromkeys(records.RESPONSE_FIGURES, "") | found)
+        for block, (change, signal) in enumerate(zip(totals[name], totals["clean"])):
+            for table, figures in zip(tables, response_figures(change, signal, count)):
+                table.extend(response_rows(f"{name}_3", block, figures))
     return tables
-
-
-def total_response(batches):
-    """The totals of sum_response of each block, from those of each batch and block."""
-    return [[total(sums) for sums in zip(*block)] for block in zip(*batches)]
 
 
 def analyse(folders, models, split, settings):

@@ -1,4 +1,5 @@
-"""What a trained model does under noise and what it attends to: noise.csv, attention.csv and attention.npz of a run.
+"""What a trained model does under corruption, what it attends to and how the branches of its heads respond to noise:
+noise.csv, attention.csv, attention.npz and response.csv of a run.
 
     python analysis.py runs/mnist-vitdiff-seed0
 
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +24,7 @@ import machine
 import records
 from diff_attention import SizeError
 from records import UserError
-from vit import MODELS, build_model
+from vit import MODELS, build_model, offers_branches
 
 
 def make_model(settings):
@@ -73,33 +76,76 @@ def measure_model(settings, with_maps=False):
                 flops_per_image=counter.get_total_flops())
 
 
+# The models of a stack of seeds, each on the same images.
+
+class Call(nn.Module):
+    """A function of a model and tensors as a module of tensors, so that it can be called with other weights."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *tensors):
+        return self.function(self.model, *tensors)
+
+
+def is_mapped(models):
+    """Whether models are mapped over a batch rather than called one after the other: where to start an operation takes
+    longer than to compute it. On a CPU, batches fill the caches, and mapped models take a third longer."""
+    return len(models) > 1 and any(parameter.is_cuda for parameter in models[0].parameters())
+
+
+def map_models(models, function):
+    """The function of tensors that does what function(model, *tensors), which returns a list of tensors, does for each
+    of S models of one architecture, without dropout: it returns a list of tensors (S, ...)."""
+    calls = [Call(model, function).eval() for model in models]
+    if not is_mapped(models):
+        return lambda *tensors: [torch.stack(results) for results in zip(*(call(*tensors) for call in calls))]
+    weights = stack_module_state(calls)
+    return lambda *tensors: torch.vmap(functional_call, in_dims=(None, 0, None))(calls[0], weights, tensors)
+
+
+def total(batches):
+    """The sum of tensors over the batches, as a CPU tensor in float64: one copy from the device."""
+    return torch.stack(batches).cpu().double().sum(0)
+
+
 # Loss, accuracy and lambda.
 
 def evaluate_batch(model, images, labels, settings):
     """The sum of the losses of a batch, and the number of correct answers: images (B, C, H, W), labels (B,)."""
     logits = model(images)
     loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"], reduction="sum")
-    return loss, (logits.argmax(1) == labels).sum()
+    return [loss, (logits.argmax(1) == labels).type_as(loss).sum()]
 
 
-@torch.inference_mode()
-def evaluate(model, split, settings, *corrupted):
-    """Mean loss and accuracy over all images of a split, in float32; corrupted: as for data.evaluation_batches."""
-    model.eval()
-    batches = data.evaluation_batches(split, settings, *corrupted)
-    sums = [evaluate_batch(model, images, labels, settings) for images, labels in batches]
-    return [sum(torch.stack(column).tolist()) / len(split.labels) for column in zip(*sums)]
+def batch_evaluation(models, settings):
+    """The function of a batch, images (B, C, H, W) and labels (B,), that returns sums of loss and of correct answers
+    (2, S)."""
+    evaluate_models = map_models(models, lambda *batch: evaluate_batch(*batch, settings))
+    return lambda images, labels: torch.stack(evaluate_models(images, labels))
 
 
-@torch.inference_mode()
-def measure_lambdas(model, split, settings):
-    """The mean weight of the second map over the images of a split: a float for each differential block."""
-    model.eval()
-    batches = [model.mean_lambdas(images) for images, _ in data.evaluation_batches(split, settings)]
-    return [torch.stack(block).mean().item() for block in zip(*batches)]
+@torch.no_grad()
+def evaluate(models, split, settings, *corrupted):
+    """Loss and accuracy of each model, means over all images of a split, in float32: a list of pairs; corrupted: as for
+    data.evaluation_batches."""
+    evaluate_models = batch_evaluation(models, settings)
+    sums = [evaluate_models(*batch) for batch in data.evaluation_batches(split, settings, *corrupted)]
+    return (total(sums) / len(split.labels)).T.tolist()
 
 
-# What the class token attends to, and what noise does.
+@torch.no_grad()
+def measure_lambdas(models, split, settings):
+    """The mean weight of the second map over the images of a split: of each model a float for each differential block.
+    """
+    mean_lambdas = map_models(models, type(models[0]).mean_lambdas)
+    batches = [mean_lambdas(images) for images, _ in data.evaluation_batches(split, settings)]
+    blocks = [total(block) / len(block) for block in zip(*batches)]
+    return [[block[i].item() for block in blocks] for i in range(len(models))]
+
+
+# What the class token attends to.
 
 def attention_conditions(settings):
     """What images the attention is measured on: {name: (settings, corruption, severity)}."""
@@ -116,7 +162,8 @@ def attention_batches(split, settings, shown, corruption, severity):
     which of their patches have any of the object, and anything at all, (B, P)."""
     for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
         relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
-        images = data.normalize(data.corrupt(pixels, corruption, severity, first, split), settings["dataset"])
+        corrupted = data.corrupt(pixels, corruption, severity, first, split, shown)
+        images = data.normalize(corrupted, settings["dataset"])
         yield from data.cache_sized(images, relevant, ink)
 
 
@@ -150,24 +197,24 @@ def sum_attention(model, images, relevant, ink):
     return [torch.stack([figure.sum(0) for figure in figures.values()]) for figures in blocks]
 
 
-@torch.inference_mode()
-def measure_attention(model, split, settings):
-    """The rows of attention.csv: means over a split, one row for each condition, block and head."""
-    model.eval()
+@torch.no_grad()
+def measure_attention(models, split, settings):
+    """The rows of attention.csv of each model: means over a split, one row for each condition, block and head."""
     *names, ratio = records.ATTENTION_FIGURES
-    rows = []
+    sum_models = map_models(models, sum_attention)
+    tables = [[] for _ in models]
     for condition, shown in attention_conditions(settings).items():
-        batches = [sum_attention(model, *batch) for batch in attention_batches(split, settings, *shown)]
+        batches = [sum_models(*batch) for batch in attention_batches(split, settings, *shown)]
         for block, sums in enumerate(zip(*batches)):
-            total = torch.stack(sums).cpu().double().sum(0)
-            for head, means in enumerate((total / len(split.labels)).T.tolist()):
-                row = dict(condition=condition, block=block, head=head, **dict(zip(names, means)))
-                row["lambda"] = round(row["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
-                rows.append(row | {ratio: signal_to_noise(row["irrelevant_share"], row["uniform_share"])})
-    return rows
+            for table, means in zip(tables, total(sums) / len(split.labels)):  # (figures, H)
+                for head, figures in enumerate(means.T.tolist()):
+                    row = dict(condition=condition, block=block, head=head, **dict(zip(names, figures)))
+                    row["lambda"] = round(row["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
+                    table.append(row | {ratio: signal_to_noise(row["irrelevant_share"], row["uniform_share"])})
+    return tables
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def picture_attention(model, split, settings):
     """The arrays of attention.npz, of the first image of each of the first eight classes, or of fewer where the split
     has fewer: images (8, C, H, W) in bytes, labels (8,), and for each block map_0, map_1, ... (8, H, N, N) in float16.
@@ -183,22 +230,103 @@ def picture_attention(model, split, settings):
                 **{f"map_{block}": attention_map.half().cpu().numpy() for block, attention_map in enumerate(maps)})
 
 
-def measure_noise(model, split, settings):
-    """The rows of noise.csv: each corruption of whole images, and Gaussian noise on a part of their patches."""
-    corruptions = {name: (name, None) for name in data.CORRUPTIONS}
-    corruptions |= {name: ("gaussian_noise", part) for part, name in records.PARTIAL_NOISE.items()}
-    rows = []
-    for (name, (corruption, part)), severity in itertools.product(corruptions.items(), range(1, 6)):
-        loss, accuracy = evaluate(model, split, settings, corruption, severity, part)
-        rows.append(dict(corruption=name, severity=severity, test_loss=loss, test_accuracy=accuracy))
-    return rows
+# What corruption does, to the answers and inside.
+
+@torch.no_grad()
+def measure_noise(models, split, settings):
+    """The rows of noise.csv of each model: loss and accuracy on a split under each corruption. `amount` is the one of
+    data.CORRUPTIONS: a table is read without the code that made it, and by which amounts is part of what it says."""
+    evaluate_models, sums = batch_evaluation(models, settings), {}
+    for key, images, labels in data.corrupted_batches(split, settings):
+        sums.setdefault(key, []).append(evaluate_models(images, labels))
+    tables = [[] for _ in models]
+    for name, severity in itertools.product(data.CORRUPTIONS, range(1, 6)):
+        amount = data.get_amount(name, severity, split.images.shape[1])
+        means = (total(sums[name, severity]) / len(split.labels)).T.tolist()
+        for table, (loss, accuracy) in zip(tables, means):
+            table.append(dict(corruption=name, severity=severity, amount=amount, test_loss=loss,
+                              test_accuracy=accuracy))
+    return tables
 
 
-def analyse(folder, model, split, settings):
-    """Write noise.csv, what corruption does to a trained model, and attention.csv and .npz, what it attends to."""
-    records.write_csv(folder / "noise.csv", measure_noise(model, split, settings))
-    records.write_csv(folder / "attention.csv", measure_attention(model, split, settings))
-    records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
+def head_outputs(model, images):
+    """What the heads add up, before any norm, at the tokens that the next layer reads: for each block a tensor
+    (K, B, H, N, e) of the first branch, minus the second where there is one, and the sum of all."""
+    outputs = [torch.stack([terms[0], *(-term for term in terms[1:2]), sum(terms)])
+               for terms in model.attention_branches(images)]
+    return [*outputs[:-1], outputs[-1][:, :, :, :1]]  # of the last block the head reads the class token alone
+
+
+def sum_response(change):
+    """Sums over a batch of what changed in head_outputs, (S, K, B, H, N, e): its energy (S, K, H), the cosine between
+    the first branch and minus the second (S, 1, H), or (S, 0, H) where there is one alone, and itself (S, K, H, N, e).
+    """
+    cosines = F.cosine_similarity(change[:, :1], change[:, 1:-1], dim=-1)  # (S, 1, B, H, N)
+    return [change.square().sum((2, 4, 5)), cosines.sum((2, 4)), change.sum(2)]
+
+
+def response_figures(change, signal, count):
+    """The figures of response.csv from the totals of sum_response over `count` images, as (S, figures, H).
+
+    change: of what a corruption changes; signal: of the clean outputs around their mean over the images.
+
+        noise_to_signal = |change|^2 / |signal|^2      common_share = count |mean change|^2 / |change|^2
+    """
+    (energy, cosine, sums), (signal_energy, signal_cosine, _) = change, signal
+    common = sums.square().sum((3, 4)) / count
+    images_and_tokens = count * sums.shape[3]
+    return torch.cat([energy / signal_energy, common / energy, cosine / images_and_tokens,
+                      signal_cosine / images_and_tokens], 1)
+
+
+def response_rows(condition, block, figures):
+    """Rows of response.csv, from figures (figures, H); what self-attention has not is empty, and so is 0 / 0."""
+    has_two = len(figures) == len(records.RESPONSE_FIGURES)
+    names = [name for name in records.RESPONSE_FIGURES if has_two or not name.endswith(("_2", "cosine"))]
+    for head, values in enumerate(figures.T.tolist()):
+        found = {name: value for name, value in zip(names, values, strict=True) if math.isfinite(value)}
+        yield dict(condition=condition, block=block, head=head) | dict.fromkeys(records.RESPONSE_FIGURES, "") | found
+
+
+@torch.no_grad()
+def measure_response(models, split, settings):
+    """The rows of response.csv of each model: how the branches of its heads respond to the noises, each with its shift
+    and its fluctuation, at severity 3. One row for each condition, block and head."""
+    outputs_of, count = map_models(models, head_outputs), len(split.labels)
+    sums = [[outputs.sum(2, keepdim=True) for outputs in outputs_of(images)]
+            for images, _ in data.evaluation_batches(split, settings)]
+    means = [total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
+    noises = [name for name in data.CORRUPTIONS if data.corruption_kind(name) in data.NOISES]
+    sums = {name: [] for name in ("clean", *noises)}
+    for first, pixels in data.evaluation_pixels(split, settings):
+        clean = [outputs_of(*batch) for batch in data.cache_sized(data.normalize(pixels, settings["dataset"]))]
+        sums["clean"] += [[sum_response(block - mean) for block, mean in zip(outputs, means)] for outputs in clean]
+        for name in noises:
+            corrupted = data.corrupt(pixels, name, 3, first, split, settings)
+            batches = data.cache_sized(data.normalize(corrupted, settings["dataset"]))
+            sums[name] += [[sum_response(after - before) for after, before in zip(outputs_of(*batch), outputs)]
+                           for batch, outputs in zip(batches, clean)]
+    totals = {name: [[total(part) for part in zip(*block)] for block in zip(*batches)]
+              for name, batches in sums.items()}
+    tables = [[] for _ in models]
+    for name in noises:
+        for block, (change, signal) in enumerate(zip(totals[name], totals["clean"])):
+            for table, figures in zip(tables, response_figures(change, signal, count)):
+                table.extend(response_rows(f"{name}_3", block, figures))
+    return tables
+
+
+def analyse(folders, models, split, settings):
+    """Write what trained models do under corruption, what they attend to and how their branches respond: noise.csv,
+    attention.csv and .npz, response.csv. The models are of runs that differ in their seed alone."""
+    tables = {"noise.csv": measure_noise(models, split, settings),
+              "attention.csv": measure_attention(models, split, settings)}
+    if all(map(offers_branches, [block.attn for block in models[0].blocks])):
+        tables["response.csv"] = measure_response(models, split, settings)
+    for i, (folder, model) in enumerate(zip(folders, models)):
+        for name, rows in tables.items():
+            records.write_csv(folder / name, rows[i], amount="{:g}")
+        records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
 
 
 # The command.
@@ -219,11 +347,11 @@ def analyse_run(folder, device, data_dir):
     model = load_model(folder, settings, device)
     check_maps(model, settings["model"])
     split = data.load_splits(settings["dataset"], data_dir, device)["test"]
-    figures = evaluate(model, split, settings)
+    (figures,) = evaluate([model], split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
     with records.locked(folder):
-        analyse(folder, model, split, settings)
+        analyse([folder], [model], split, settings)
         records.write_summary(folder, summary)
     print(f"{', '.join(records.ANALYSIS)} written into {folder}", flush=True)
 

@@ -88,7 +88,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             steps.append(make_step(settings, list(seeds), splits[dataset]["train"], device, compiled))
             measure_seconds(steps[-1], device)
             evaluations.append(lambda model=model, split=splits[dataset]["val"], settings=settings:
-                               analysis.evaluate(model, split, settings))
+                               analysis.evaluate([model], split, settings))
             rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                              batch_size=settings["batch_size"], parameters=facts["parameters"],
                              training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))

@@ -59,6 +59,12 @@ def differential_attention(q, k, v, lam):
     return differential_map(q, k, lam).type_as(v) @ v
 
 
+def differential_branches(q, k, v, lam):
+    """The two terms of differential_attention: [softmax(q1 k1' / sqrt(d)) v, -lam softmax(q2 k2' / sqrt(d)) v]."""
+    first, second = softmax_map(q, k).unflatten(1, (-1, 2)).unbind(2)  # (B, H, M, N) each
+    return [first @ v, -lam * (second @ v)]
+
+
 class SizeError(ValueError):
     """Sizes of a model that do not fit together."""
 
@@ -124,14 +130,19 @@ class DiffAttention(nn.Module):
         second = (widen(self.lambda_q2) * widen(self.lambda_k2)).sum().exp()
         return first - second + self.lambda_init
 
-    def mean_lambda(self, x):
-        """The weight of the second branch, a scalar; it does not depend on the tokens x."""
+    def mean_lambda(self, x=None):
+        """The weight of the second branch, a scalar; it does not depend on the tokens x, which may be left out."""
         return self.lam()
 
     def attention_map(self, x):
         """The signed weights that multiply the values: x (B, N, dim) -> (B, H, N, N), rows sum to 1 - lambda."""
         q, k, _ = self.project(x)
         return differential_map(q, k, self.lam())
+
+    def branches(self, x):
+        """The terms that a head adds up before its norm: x (B, N, dim) -> [A1 v, -lambda A2 v], (B, H, N, dim / H)."""
+        q, k, v = self.project(x)
+        return differential_branches(q, k, v, self.lam().type_as(q))
 
     def forward(self, x, keep=None):
         """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
@@ -187,6 +198,11 @@ class DiffAttentionV2(nn.Module):
         """The signed weights that multiply the values: x (B, N, dim) -> (B, H, N, N), rows sum to 1 - lam(x)."""
         q, k, _ = self.project(x)
         return differential_map(q, k, self.lam(x))
+
+    def branches(self, x):
+        """The terms that a head adds up: x (B, N, dim) -> [A1 v, -sigmoid(lambda) A2 v], each (B, H, N, d)."""
+        q, k, v = self.project(x)
+        return differential_branches(q, k, v, self.lam(x))
 
     def forward(self, x, keep=None):
         """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""

@@ -140,7 +140,7 @@ def arrange(own, reference=()):
     for dataset, lines in lines_of.items():
         if not any(line.front for line in lines):
             lines = [line._replace(front=True) for line in lines]
-        lines_of[dataset] = style_lines(label_lines(lines), models)
+        lines_of[dataset] = style_lines(stats.keep_one_protocol(label_lines(lines)), models)
     return dict(sorted(lines_of.items()))
 
 

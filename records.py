@@ -40,13 +40,13 @@ try:
 except ImportError:  # on Windows, where nothing keeps two processes off the same run
     fcntl = None
 
-ANALYSIS = ["noise.csv", "attention.csv", "attention.npz"]
+ANALYSIS = ["noise.csv", "attention.csv", "attention.npz", "response.csv"]
 CHARTED = ["config.json", "metrics.csv", *ANALYSIS]  # read by plot.py, besides summary.json, which has their checksums
 FILES = ["summary.json", "config.json", "args.txt", "metrics.csv", *ANALYSIS, "best.pt", "last.pt"]
 SUMS = "SHA256SUMS"  # which tables are those of a folder: what it does not name is not read
-TABLES = ["runs.csv", "metrics.csv", "noise.csv", "attention.csv"]
+TABLES = ["runs.csv", "metrics.csv", "noise.csv", "attention.csv", "response.csv"]
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
-AUGMENTATION = ["rotation", "scale", "shear", "shift", "flip"]
+AUGMENTATION = ["rotation", "scale", "shear", "shift", "flip", "brightness"]
 RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip",
                    "label_smoothing", "distractors", *AUGMENTATION, "amp"]
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
@@ -57,6 +57,8 @@ SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a su
 PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
                      "signal_to_noise"]
+RESPONSE_FIGURES = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "common_share_1", "common_share_2",
+                    "common_share", "noise_cosine", "signal_cosine"]
 
 
 class UserError(Exception):
@@ -297,7 +299,9 @@ def read_checkpoint(path):
 
 
 def check_settings(settings):
-    """A ValueError, or another that `reading` knows, unless a record of these settings can be read."""
+    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. What is younger than
+    the record gets the value that it had then."""
+    settings.setdefault("brightness", 0.0)
     for name in ("model", "dataset"):
         check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
     check(type(settings["seed"]) is int, "seed is not a whole number")
@@ -378,6 +382,16 @@ def noise_of(rows):
     return noise
 
 
+def amounts_of(rows):
+    """The amounts of noise.csv as {corruption: amounts at severities 1, 2, ...}; nothing where it does not say them."""
+    amounts = {}
+    for row in rows:
+        if "amount" in row:
+            amounts.setdefault(row["corruption"], []).append(row["amount"])
+    check_finite([amount for values in amounts.values() for amount in values], "an amount")
+    return amounts
+
+
 def attention_of(rows):
     """The rows of attention.csv as {condition: {block: {figure: its mean over the heads}}}."""
     heads = {}
@@ -414,9 +428,24 @@ def read_maps(folder):
         return images, last[:, :, 0, 1:].reshape(*last.shape[:2], side, side).astype(float)
 
 
-# metrics: {column: list}. noise, attention and maps are as their readers return them, None where the run was not
-# analysed; a run in tables has no maps, and its folder, DIR/NAME, does not exist.
-Run = namedtuple("Run", "folder settings facts metrics summary noise attention maps")
+def response_of(rows):
+    """The rows of response.csv as {condition: {block: {figure: its mean over the heads, None where it is empty}}}."""
+    heads = {}
+    for row in rows:
+        check(isinstance(row["condition"], str), "a condition is not a name")
+        check_finite([row[name] for name in RESPONSE_FIGURES if name in row], "a figure")
+        found = heads.setdefault(row["condition"], {}).setdefault(row["block"], [])
+        check(row["head"] == len(found), "heads are not 0, 1, ...")
+        found.append(row)
+    check(all(list(blocks) == list(range(len(blocks))) for blocks in heads.values()), "blocks are not 0, 1, ...")
+    return {condition: {int(block): {name: sum(row[name] for row in rows) / len(rows) if all(
+        name in row for row in rows) else None for name in RESPONSE_FIGURES} for block, rows in blocks.items()}
+        for condition, blocks in heads.items()}
+
+
+# metrics: {column: list}. noise, attention, response and maps are as their readers return them, None where the run was
+# not analysed; a run in tables has no maps, and its folder, DIR/NAME, does not exist. amounts: those of the corruptions.
+Run = namedtuple("Run", "folder settings facts metrics summary noise attention response amounts maps")
 
 
 def check_files(folder, sums, names=CHARTED):
@@ -451,12 +480,14 @@ def read_run(folder):
 def make_run(folder, settings, facts, summary, rows, place, maps=None):
     """A Run of {file: its rows}, which lie in the files of this name in `place`."""
     parsed = []
-    for name, parse in zip(TABLES[1:], [metrics_of, noise_of, attention_of]):
+    for name, parse in zip(TABLES[1:], [metrics_of, noise_of, attention_of, response_of]):
         with reading(place / name):
             parsed.append(parse(rows[name]) if name in rows else None)
+    with reading(place / "noise.csv"):
+        amounts = amounts_of(rows.get("noise.csv", []))
     with reading(place / "metrics.csv"):
         check(parsed[0] and len(parsed[0]["epoch"]) == settings["epochs"], f"{folder.name} has not one row an epoch")
-    return Run(folder, settings, facts, parsed[0], summary, *parsed[1:], maps)
+    return Run(folder, settings, facts, parsed[0], summary, *parsed[1:], amounts, maps)
 
 
 def subfolders(folder):
@@ -720,8 +751,8 @@ def check_same(runs, tabled, complaint):
     """Raise a UserError unless each run that is in the tables reads from them as from its folder, to the last digit."""
     def content(run, shared):
         summary = {name: value for name, value in run.summary.items() if name != "crc32"}
-        return json.dumps([run.settings, run.facts, shared | summary, run.metrics, run.noise, run.attention],
-                          sort_keys=True)
+        return json.dumps([run.settings, run.facts, shared | summary, run.metrics, run.noise, run.attention,
+                           run.response, run.amounts], sort_keys=True)
 
     found = {run.folder.name: run for run in tabled}
     for run in runs:

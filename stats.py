@@ -167,6 +167,24 @@ def keep_runs(lines, condition):
     return [line for line in kept if line.runs]
 
 
+def keep_one_protocol(lines):
+    """The lines without what their runs did under corruption by other amounts than the first run's: such figures never
+    stand beside each other. The amounts of early records are not on record; they are other ones than any since."""
+    def is_alike(amounts, others):
+        return bool(amounts) == bool(others) and all(
+            amounts[name] == others[name] for name in amounts.keys() & others.keys())
+
+    def restrict(run):
+        if run.noise is None or is_alike(run.amounts, first.amounts):
+            return run
+        clean = {condition: blocks for condition, blocks in (run.attention or {}).items()
+                 if condition == "clean" or condition.endswith("_distractors")}
+        return run._replace(noise=None, response=None, attention=clean or None)
+
+    first = next((run for line in lines for run in line.runs if run.noise), None)
+    return [line._replace(runs=list(map(restrict, line.runs))) for line in lines]
+
+
 def published_of(dataset, line):
     """The published figures of a line's model, if it has as many parameters; None for any other."""
     figures = PUBLISHED.get((dataset, line.model))

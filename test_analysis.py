@@ -65,7 +65,7 @@ class Looker(torch.nn.Module):
 
 def measured(look, split, settings):
     """The rows of attention.csv of a Looker, by condition; its two heads are equal."""
-    rows = analysis.measure_attention(Looker(look), split, settings)
+    (rows,) = analysis.measure_attention([Looker(look)], split, settings)
     assert [(row["block"], row["head"]) for row in rows] == [(0, 0), (0, 1)] * (len(rows) // 2)
     return {row["condition"]: row for row in rows}
 
@@ -124,7 +124,7 @@ def test_lambda(name):
     model = randomize(analysis.make_model(settings)).float()
     for block in model.blocks:
         block.attn.qkv.weight.data *= 10  # so that maps differ, and by more than lambda
-    rows = [row for row in analysis.measure_attention(model, split, settings) if row["condition"] == "clean"]
+    rows = [row for row in analysis.measure_attention([model], split, settings)[0] if row["condition"] == "clean"]
     expected, means = [], []
     with torch.no_grad():
         for attn, x in model.attention_inputs(data.normalize(split.images.float(), "mnist")):
@@ -138,7 +138,91 @@ def test_lambda(name):
                 means.append(attn.lam().item())
     assert [row["lambda"] for row in rows] == pytest.approx(expected, abs=1e-5)
     assert all((row["negative_share"] > 0.01) == (name != "vit") for row in rows)
-    assert analysis.measure_lambdas(model, split, settings) == pytest.approx(means, abs=1e-5)
+    assert analysis.measure_lambdas([model], split, settings) == [pytest.approx(means, abs=1e-5)]
+
+
+# How branches respond, and stacks of seeds.
+
+def models_of(name, count=1):
+    """Settings and models of two blocks whose maps are far from uniform."""
+    settings, models = settings_for("--depth", "2", model=name), []
+    for seed in range(count):
+        models.append(randomize(analysis.make_model(settings | dict(seed=seed))).float())
+        for block in models[-1].blocks:
+            block.attn.qkv.weight.data *= 3
+    return settings, models
+
+
+@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
+def test_response(name):
+    """Each figure of response.csv is that of the definition, in plain float64, from what a hook sees enter the
+    attention: change by the corruption over the clean outputs around their mean, the share of it that all images have
+    in common, and mean cosines of first branch and minus the second."""
+    split, (settings, (model,)), seen = cut(mnist()["test"], 1_200), models_of(name), []
+    (rows,) = analysis.measure_response([model], split, settings)
+    for block in model.double().eval().blocks:
+        block.attn.register_forward_pre_hook(lambda attn, arguments: seen.append(
+            [branch.detach() * sign for branch, sign in zip(attn.branches(arguments[0]), (1, -1))]))
+
+    def outputs(name):
+        seen.clear()
+        pixels = [data.corrupt(part.float(), name, 3 if name else 0, 1_000 * i, split, settings)
+                  for i, part in enumerate(split.images.split(1_000))]
+        model(data.normalize(torch.cat(pixels), "mnist").double())
+        for branches, tokens in zip(seen, (None, 1)):  # of the last block the class token is read alone
+            branches = [branch[:, :, :tokens] for branch in branches]
+            yield branches if len(branches) == 1 else [*branches, branches[0] - branches[1]]
+
+    clean = list(outputs(None))
+    rows = {(row["condition"], row["block"], row["head"]): row for row in rows}
+    assert set(rows) == {(f"{noise}{part}_3", block, head) for noise in data.NOISES for block in (0, 1)
+                         for part in ("", "_shift", "_fluctuation") for head in (0, 1)} | {
+        ("gaussian_noise_unclipped_3", block, head) for block in (0, 1) for head in (0, 1)}
+    for condition in ("gaussian_noise_shift_3", "impulse_noise_3"):
+        for block, (before, after) in enumerate(zip(clean, outputs(condition.removesuffix("_3")))):
+            for head in range(2):
+                signals, changes = ([kind[:, head] for kind in kinds] for kinds in (
+                    [output - output.mean(0) for output in before], [x - y for x, y in zip(after, before)]))
+                energies = [change.square().sum() for change in changes]
+                expected = [[energy / signal.square().sum() for energy, signal in zip(energies, signals)],
+                            [len(change) * change.mean(0).square().sum() / energy
+                             for change, energy in zip(changes, energies)],
+                            [F.cosine_similarity(*kind[:2], dim=2).mean() for kind in (changes, signals)
+                             if len(kind) > 1]]
+                found = [rows[condition, block, head][figure] for figure in records.RESPONSE_FIGURES]
+                if name == "vit":
+                    assert found[0] == found[2] and found[3] == found[5]
+                    assert [found.pop(i) for i in (7, 6, 4, 3, 1, 0)].count("") == 4
+                assert found == pytest.approx([float(value) for values in expected for value in values], rel=1e-3)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
+def test_a_stack_is_analysed_as_single_models(monkeypatch, name, mapped):
+    """The figures of models analysed together, mapped or one after the other, are those of each alone; what is drawn
+    is drawn once for all of them."""
+    draws, names = [], ("gaussian_noise", "distractors")
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in names})
+    monkeypatch.setattr(data, "draw_corruption", lambda *arguments, draw=data.draw_corruption: draws.append(
+        arguments) or draw(*arguments))
+    split, (settings, models) = cut(mnist()["test"], 300), models_of(name, 3)
+
+    def measure(models):
+        draws.clear()
+        return [function(models, split, settings) for function in (
+            analysis.evaluate, analysis.measure_lambdas, analysis.measure_noise, analysis.measure_attention,
+            analysis.measure_response)], len(draws)
+
+    singles, counts = zip(*(measure([model]) for model in models))
+    monkeypatch.setattr(analysis, "is_mapped", lambda models: mapped)
+    together, count = measure(models)
+    assert set(counts) == {count}
+    for single, several in zip(zip(*singles), together, strict=True):
+        leaves, expected = (torch.utils._pytree.tree_leaves(found) for found in (several, [one for one, in single]))
+        assert len(leaves) == len(expected)
+        for found, value in zip(leaves, expected):
+            assert found == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5))
+    assert len({loss for loss, _ in together[0]}) == 3
 
 
 # The command.
@@ -154,10 +238,10 @@ def test_the_analysis_is_of_the_best_weights(finished):
     model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
     noise = table(finished / "noise.csv")
     assert [(row["corruption"], row["severity"]) for row in noise] == [
-        (name, str(severity)) for name in [*data.CORRUPTIONS, *records.PARTIAL_NOISE.values()]
-        for severity in range(1, 6)]
+        (name, str(severity)) for name in data.CORRUPTIONS for severity in range(1, 6)]
+    assert [row["amount"] for row in noise[:5]] == ["0.08", "0.12", "0.18", "0.26", "0.38"]  # MNIST-C's
     (row,) = [row for row in noise if (row["corruption"], row["severity"]) == ("distractors", "4")]
-    corrupted = torch.cat([data.corrupt(part.float(), "distractors", 4, 1_000 * i, test)
+    corrupted = torch.cat([data.corrupt(part.float(), "distractors", 4, 1_000 * i, test, config)
                            for i, part in enumerate(test.images.split(1_000))])
     maps = model.eval().attention_maps(data.normalize(test.images[:1_000].float(), "mnist"))
     loss, accuracy = loss_by_hand(model, Split(corrupted, test.labels), config)
@@ -168,6 +252,7 @@ def test_the_analysis_is_of_the_best_weights(finished):
     assert [(row["condition"], row["block"], row["head"]) for row in attention] == [
         (condition, "0", str(head)) for condition in ("clean", "gaussian_noise_3", "distractors_3")
         for head in range(2)]
+    assert list(table(finished / "response.csv")[0]) == ["condition", "block", "head", *records.RESPONSE_FIGURES]
     with numpy.load(finished / "attention.npz") as arrays:
         assert set(arrays) == {"images", "labels", "map_0"} and arrays["map_0"].shape == (8, 2, 5, 5)
         assert arrays["labels"].tolist() == list(range(8)) and arrays["images"].dtype == numpy.uint8
@@ -281,6 +366,7 @@ def test_plugin_as_a_user_has_it(tmp_path, monkeypatch, capsys):
     assert column(folder, "lr").tolist() == pytest.approx([0.003])
     for row in table(folder / "attention.csv"):
         assert float(row["entropy"]) == pytest.approx(math.log(5), abs=1e-5) and float(row["lambda"]) == 0
+    assert not (folder / "response.csv").exists()  # its attention has no branches
     path.write_text("1 / 0")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setitem(MODELS, "vitmean", None)  # whatever this process had there

@@ -509,96 +509,155 @@ def test_normalization_of_canvases(name):
 
 # Corruptions.
 
+def corrupt(pixels, name, severity, first=0, split=None):
+    return data.corrupt(pixels, name, severity, first, split or coded_split(), settings_of("mnist"))
+
+
+def all_severities():
+    """(noise, whether of colour images, severity) of all that noise is measured by."""
+    return list(itertools.product(data.NOISES, (False, True), range(1, 6)))
+
+
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
 def test_corruptions_grow(name):
     """A corruption is the same at every call, of every image another one, and grows with severity from none at all."""
     split = mnist()["test"]
     pixels = split.images[:200].float()
-    assert torch.equal(data.corrupt(pixels, name, 0, 0, split), pixels)
+    assert torch.equal(corrupt(pixels, name, 0), pixels)
     before, distances = pixels.clone(), []
     for severity in range(1, 6):
-        result = data.corrupt(pixels, name, severity, 0, split)
-        assert result.shape == pixels.shape and result.min() >= 0 and result.max() <= 255
+        result = corrupt(pixels, name, severity, split=split)
+        assert result.shape == pixels.shape
+        if not name.endswith(("fluctuation", "unclipped", "offset")):
+            assert result.min() >= 0 and result.max() <= 255
         torch.rand(3)  # the global generator plays no part
-        assert torch.equal(result, data.corrupt(pixels, name, severity, 0, split))
+        assert torch.equal(result, corrupt(pixels, name, severity, split=split))
         distances.append((result - pixels).abs().mean().item())
     assert 0 < distances[0] and distances == sorted(distances)
     assert torch.equal(pixels, before)
-    if name != "blur":  # which is the same for all
+    if not name.endswith(("blur", "brightness", "contrast", "shift")):  # which are the same for all
         grey = torch.full((200, 1, 28, 28), 128.0)
-        assert not torch.equal(data.corrupt(grey, name, 3, 0, split), data.corrupt(grey, name, 3, 200, split))
+        assert not torch.equal(corrupt(grey, name, 3), corrupt(grey, name, 3, first=200))
 
 
 @pytest.mark.parametrize("severity", [1, 3, 5])
 def test_corruptions_are_their_table(severity):
     """Each corruption does what CORRUPTIONS says, by as much."""
-    split = coded_split()
-    amount = {name: amounts[severity - 1] for name, amounts in data.CORRUPTIONS.items()}
+    grey, colour = ({name: amounts[i][severity - 1] for name, amounts in data.CORRUPTIONS.items()} for i in (0, 1))
 
     def on(level, name, channels=1):
-        return data.corrupt(torch.full((400, channels, 28, 28), float(level)), name, severity, 0, split)
+        return corrupt(torch.full((400, channels, 28, 28), float(level)), name, severity)
 
-    noisy = on(128, "gaussian_noise") - 128
-    assert noisy.std().item() == pytest.approx(255 * amount["gaussian_noise"], rel=0.03) and abs(noisy.mean()) < 1
+    noisy = on(128, "gaussian_noise_unclipped") - 128
+    assert noisy.std().item() == pytest.approx(255 * grey["gaussian_noise"], rel=0.03) and abs(noisy.mean()) < 1
+    assert torch.equal(on(128, "gaussian_noise"), (128 + noisy).clamp(0, 255))
     flipped = on(128, "impulse_noise", channels=3)
     for level in (0, 255):
-        assert (flipped == level).float().mean().item() == pytest.approx(amount["impulse_noise"] / 2, rel=0.05)
+        assert (flipped == level).float().mean().item() == pytest.approx(colour["impulse_noise"] / 2, rel=0.05)
     assert set(flipped.unique().tolist()) == {0, 128, 255}
-    photons = on(51, "shot_noise") / 255 * amount["shot_noise"]  # of 0.2 of white
-    photons_seen = photons[photons < amount["shot_noise"]]  # the rest is cut off at white
-    assert (photons_seen - photons_seen.round()).abs().max() < 1e-4
-    rate = 0.2 * amount["shot_noise"]
-    assert (photons == 0).float().mean().item() == pytest.approx(math.exp(-rate), abs=0.01)
+    photons, white = on(51, "shot_noise") / 255 * grey["shot_noise"], grey["shot_noise"]  # of 0.2 of white
+    counts = photons.round().long().flatten().bincount()
+    assert (photons - photons.round()).abs().max() < 1e-4 and len(counts) <= white + 1
+    for count, share in enumerate((counts / counts.sum()).tolist()[:white]):  # the rest is cut off at white
+        rate = 0.2 * white
+        assert share == pytest.approx(math.exp(-rate) * rate**count / math.factorial(count), abs=0.005)
     assert on(0, "shot_noise").max() == 0
-    side = amount["occlusion"]
+    side = grey["occlusion"]
     hidden = on(255, "occlusion", channels=3)
     assert set(hidden.unique().tolist()) == {0, 255} and torch.equal(hidden[:, 0], hidden[:, 2])
     areas = (hidden[:, 0] == 0).sum((1, 2))
     assert areas.min() >= side**2 and areas.max() == 4 * side**2  # squares may cover each other
     assert (hidden[:, 0] == 0).any(0).float().mean() > 0.95  # and lie anywhere
     distracted = on(0, "distractors")[:, 0]
-    side = amount["distractors"]
     assert ((distracted > 0).sum((1, 2)) <= 4 * side**2).all()
     assert (distracted > 0).any(0).float().mean() > 0.95
     assert (distracted.sum((1, 2)) % side**2 == 0).all() and (distracted.sum((1, 2)) >= 4 * side**2).all()
-    point = torch.zeros(1, 3, 29, 29)
-    point[:, 1, 14, 14] = 255
-    spread = data.corrupt(point, "blur", severity, 0, split)
-    assert spread[:, [0, 2]].abs().max() == 0 and spread.sum().item() == pytest.approx(255, rel=0.02)
-    distance = torch.arange(29.0) - 14
-    variance = (spread[0, 1].sum(0) * distance**2).sum() / 255
-    assert variance.item() == pytest.approx(amount["blur"]**2, rel=0.15)
-    torch.testing.assert_close(on(77, "blur"), torch.full((400, 1, 28, 28), 77.0), rtol=0, atol=1e-3)
+    point = torch.zeros(1, 3, 61, 61)
+    point[:, 1, 30, 30] = 255
+    spread = corrupt(point, "gaussian_blur", severity)
+    bell = (-0.5 * ((torch.arange(61.0) - 30) / colour["gaussian_blur"]) ** 2).exp()
+    assert spread[:, [0, 2]].abs().max() == 0
+    torch.testing.assert_close(spread[0, 1], 255 * bell.outer(bell) / bell.sum()**2, rtol=0, atol=1e-3)
+    torch.testing.assert_close(on(77, "gaussian_blur"), torch.full((400, 1, 28, 28), 77.0), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist"])
-def test_noise_on_a_part(dataset):
-    """Noise on relevant patches alone changes no pixel of the others, noise on irrelevant patches none of these, and
-    together they are the noise of the whole image; what has ink of the object is relevant."""
-    split, settings = cut(mnist()["test"], 1_100), settings_of(dataset)
-    clean, whole, relevant, irrelevant = (
-        torch.cat([images for images, _ in data.evaluation_batches(split, settings, *corrupted)])
-        for corrupted in [(), ("gaussian_noise", 3), ("gaussian_noise", 3, "relevant"),
-                          ("gaussian_noise", 3, "irrelevant")])
-    alone = torch.cat([pixels for _, pixels in data.evaluation_pixels(split, settings | dict(distractors=0))])
-    side = settings["patch_size"]
-    for i, j in itertools.product(range(clean.shape[2] // side), repeat=2):
-        patch = (slice(None), slice(None), slice(side * i, side * (i + 1)), slice(side * j, side * (j + 1)))
-        has_object = alone[patch].flatten(1).sum(1) > 0
-        for images, noisy in [(relevant, has_object), (irrelevant, ~has_object)]:
-            assert torch.equal(images[patch][noisy], whole[patch][noisy])
-            assert torch.equal(images[patch][~noisy], clean[patch][~noisy])
-    assert not torch.equal(relevant, whole) and not torch.equal(irrelevant, whole)
+def test_brightness_and_contrast():
+    """Brightness is added to the value of HSV, so that a colour keeps its hue and saturation and black becomes grey;
+    contrast is lost around the mean of each image and channel: by hand."""
+    def pixels(*colours):
+        return torch.tensor(colours, dtype=torch.float).T.view(1, -1, 1, len(colours))
+
+    def assert_becomes(name, severity, before, after):
+        torch.testing.assert_close(corrupt(pixels(*before), name, severity), pixels(*after), rtol=0, atol=1e-3)
+
+    assert_becomes("brightness", 2, [[0], [100], [240]], [[51], [151], [255]])
+    assert_becomes("brightness", 4, [[0, 0, 0], [102, 51, 0], [250, 25, 125]],
+                   [[51, 51, 51], [153, 76.5, 0], [255, 25.5, 127.5]])
+    assert_becomes("contrast", 3, [[0], [100], [200]], [[80], [100], [120]])
+    assert_becomes("contrast", 2, [[0, 8, 4], [100, 0, 4]], [[25, 6, 4], [75, 2, 4]])
+
+
+def test_offsets():
+    """An offset is one constant an image, or one a patch; both have the deviation of the table, and are not cut off."""
+    images = torch.full((2_000, 3, 28, 28), 250.0)
+    whole, patches = (corrupt(images, name, 5) - images for name in ("image_offset", "patch_offset"))
+    assert torch.equal(whole, whole[:, :1, :1, :1].expand_as(whole))
+    corners = patches[:, :1, ::7, ::7]
+    assert torch.equal(patches, corners.repeat_interleave(7, 2).repeat_interleave(7, 3).expand_as(patches))
+    for offset, count in [(whole[:, 0, 0, 0], 2_000), (corners.flatten(), 32_000)]:
+        assert len(offset.unique()) > 0.99 * count and abs(offset.mean()) < 5 and offset.max() > 100
+        assert offset.std().item() == pytest.approx(0.25 * 255, rel=0.05)
+
+
+@pytest.mark.parametrize("noise, colour, severity", all_severities())
+def test_shift(noise, colour, severity):
+    """The shift of each of the 256 pixel values is the mean of a simulation of the noise, of another generator."""
+    levels, amount = torch.arange(256.0), data.CORRUPTIONS[noise][colour][severity - 1]
+    generator, many = torch.Generator().manual_seed(severity), levels.expand(2_000, 256)
+    simulated = {
+        "gaussian_noise": lambda: (many + 255 * amount * torch.randn(many.shape, generator=generator)).clamp(0, 255),
+        "shot_noise": lambda: (torch.poisson(many / 255 * amount, generator) / amount * 255).clamp_max(255),
+        "impulse_noise": lambda: torch.where(torch.rand(many.shape, generator=generator) < amount, torch.randint(
+            2, many.shape, generator=generator) * 255, many)}[noise]()
+    pixels = levels.view(256, 1, 1, 1).expand(-1, 1 + 2 * colour, 28, 28)
+    shifted = corrupt(pixels, f"{noise}_shift", severity)
+    assert (shifted == shifted[:, :1, :1, :1]).all()
+    off, error = simulated.mean(0) - shifted[:, 0, 0, 0], simulated.std(0) / math.sqrt(2_000)
+    assert (off.abs() <= 5 * error + 1e-3).all() and abs(off.mean()) < 4 * error.mean() / math.sqrt(256)
+
+
+@pytest.mark.parametrize("noise, colour, severity", all_severities())
+def test_shift_and_fluctuation(noise, colour, severity):
+    """What the shift adds and what the fluctuation adds are together what the noise adds; the fluctuation adds nothing
+    on average."""
+    pixels = mnist()["test"].images[:300].float().view(-1, 3, 28, 28)[:, :1 + 2 * colour]
+    noisy, shift, fluctuation = (corrupt(pixels, noise + part, severity) - pixels
+                                 for part in ("", "_shift", "_fluctuation"))
+    torch.testing.assert_close(shift + fluctuation, noisy, rtol=0, atol=1e-4)
+    assert abs(fluctuation.mean()) < 4 * fluctuation.std() / math.sqrt(fluctuation.numel())
+    assert fluctuation.abs().max() > 10
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "clutteredmnist", "cifar10"])
-def test_corruptions_on_any_device(monkeypatch, dataset):
+def test_corruptions_on_any_device(dataset):
     """Corruptions run on meta, which has no generator of its own: their random numbers are those of the CPU."""
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))  # photons are counted there
-    for name, part in [*((name, None) for name in data.CORRUPTIONS), ("gaussian_noise", "relevant")]:
-        with OnOneDevice():
-            ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3, part)
-        assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
+    with OnOneDevice():
+        for name in data.CORRUPTIONS:
+            ((images, labels),) = data.evaluation_batches(meta_split(dataset), settings_of(dataset), name, 3)
+            assert images.is_meta and labels.is_meta and images.shape[0] == len(labels) == 5
+
+
+def test_corruptions_together():
+    """All corruptions together are those one by one."""
+    split, settings = cut(mnist()["test"], 1_100), settings_of("mnist")
+    together = {}
+    for key, images, labels in data.corrupted_batches(split, settings):
+        together.setdefault(key, []).append((images, labels))
+    assert list(together) == [(name, severity) for name in data.CORRUPTIONS for severity in range(1, 6)]
+    for key in [("distractors", 2), ("occlusion", 4), ("shot_noise_fluctuation", 5), ("patch_offset", 1)]:
+        alone = zip(*data.evaluation_batches(split, settings, *key))
+        for several, single in zip(zip(*together[key]), alone, strict=True):
+            assert torch.equal(torch.cat(several), torch.cat(single))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -611,12 +670,31 @@ def test_cuda_has_the_pixels_of_the_cpu():
                                                 data.evaluation_pixels(split, settings), strict=True):
         assert canvases.is_cuda and torch.equal(canvases.cpu(), expected)
         for name in data.CORRUPTIONS:
-            corrupted = data.corrupt(canvases, name, 3, first, there)
+            corrupted = data.corrupt(canvases, name, 3, first, there, settings)
             assert corrupted.is_cuda and not torch.equal(corrupted, canvases)
-            on_cpu = data.corrupt(expected, name, 3, first, split)
+            on_cpu = data.corrupt(expected, name, 3, first, split, settings)
             torch.testing.assert_close(corrupted.cpu(), on_cpu, rtol=0, atol=0.05)
     for settings in (settings_of("mnist", flip=True), settings):
         batches = [data.get_batch(part, *data.draw_epoch([0, 1], 1, part, settings), settings)
                    for part in (there, split)]
         assert batches[0][0].is_cuda and torch.equal(batches[0][1].cpu(), batches[1][1])
         torch.testing.assert_close(batches[0][0].cpu(), batches[1][0], rtol=0, atol=2e-3)
+
+
+# Brightness of training images.
+
+@pytest.mark.parametrize("dataset, stream", [("mnist", 2003239284), ("clutteredmnist", 1715183982)])
+def test_training_brightness(dataset, stream):
+    """Each training image is made brighter by an amount of its own, from 0 to the strength; order and all other draws
+    are, to the byte, what they are without, and what they were before there was such a strength."""
+    split, plain = cut(mnist()["train"], 300), settings_of(dataset)
+    bright = plain | dict(brightness=0.3)
+    (order, draws), (same_order, more) = (data.draw_epoch([3], 2, split, settings) for settings in (plain, bright))
+    assert zlib.crc32(order.numpy().tobytes() + draws.numpy().tobytes()) == stream
+    assert torch.equal(order, same_order) and torch.equal(draws, more[:, :, :-1])
+    before, after = (data.training_pixels(split, order[0], part[0], settings)
+                     for part, settings in ((draws, plain), (more, bright)))
+    amounts = (more[0, :, -1] + 1) / 2 * 0.3 * 255
+    torch.testing.assert_close(after, (before + amounts.view(-1, 1, 1, 1)).clamp_max(255), rtol=0, atol=1e-3)
+    assert amounts.min() >= 0 and amounts.max() <= 0.3 * 255 and len(amounts.unique()) == 300
+    assert amounts.mean().item() == pytest.approx(0.15 * 255, rel=0.1)

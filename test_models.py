@@ -417,3 +417,56 @@ def test_cuda_agrees(name):
     stacked.square().sum().backward()
     for key, gradient in gradients.items():
         torch.testing.assert_close(weights[key].grad.cpu(), torch.stack([gradient, gradient]), rtol=1e-6, atol=1e-8)
+
+
+# Branches.
+
+@pytest.mark.parametrize("attn, x, maps, out, row_sums", list(attention_cases()))
+def test_branches(attn, x, maps, out, row_sums):
+    """The branches are [A1 v, -lambda A2 v], or of self-attention [A v], and their sum is the map times the values."""
+    branches, values = attn.branches(x), attn.qkv(x)[..., -24:].unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(sum(branches), maps @ values, rtol=0, atol=1e-12)
+    count, (q, k, _) = len(branches), attn.project(x)
+    assert count == (1 if isinstance(attn, SelfAttention) else 2)
+    first = softmax(q[:, ::count] @ k[:, ::count].mT / math.sqrt(q.shape[-1]))
+    torch.testing.assert_close(branches[0], first @ values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("plugin", CONTROLS)
+def test_branches_of_controls(monkeypatch, plugin):
+    """Branches that a control inherits are used where their sum is its map times the values, and not elsewhere."""
+    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
+    records.execute_plugin(Path(__file__).parent / "runs/controls" / plugin)
+    torch.manual_seed(0)
+    for name in CONTROLS[plugin]:
+        model, images = randomize(build_model(name)), torch.randn(2, 1, 28, 28).double()
+        branches = model.attention_branches(images)
+        assert (branches is None) == (name in ("vitcentered", "vitsumscaled"))
+        for terms, (attn, x) in zip(branches or [], model.attention_inputs(images)):
+            values = attn.qkv(x)[..., -32:].unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+            torch.testing.assert_close(sum(terms), attn.attention_map(x) @ values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lambda_needs_no_tokens(monkeypatch, name):
+    """Lambda is read without a forward pass where it does not depend on the images: in version 1."""
+    passes = []
+    monkeypatch.setattr(vit.ViT, "embed", lambda model, images, embed=vit.ViT.embed: passes.append(1) or embed(
+        model, images))
+    model = build_model(name)
+    assert len(model.mean_lambdas(torch.zeros(1, 1, 28, 28))) == (2 if "diff" in name else 0)
+    assert bool(passes) == (name == "vitdiffv2")
+
+
+def test_both(monkeypatch):
+    """vitboth has four softmax maps a block, as vitdiff has, and as many parameters within 0.3%."""
+    monkeypatch.setattr(vit, "MODELS", dict(MODELS))
+    records.execute_plugin(Path(__file__).parent / "runs/controls/more.py")
+    model, vitdiff = build_model("vitboth"), build_model("vitdiff")
+    counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, vitdiff)]
+    assert counts == [37_194, 37_290]
+    for block in randomize(model).blocks:
+        x = torch.randn(3, 7, 32).double()
+        maps, out = self_by_hand(block.attn.state_dict(), x, heads=4)
+        torch.testing.assert_close(block.attn.attention_map(x), maps, rtol=0, atol=1e-12)
+        torch.testing.assert_close(block.attn(x), out, rtol=0, atol=1e-12)

@@ -110,6 +110,8 @@ def make_parser(prog="train.py", description=__doc__):
     add("--shift", **rate, help=f"maximum pixels each way {by_dataset('shift')}")
     add("--flip", action=argparse.BooleanOptionalAction,
         help=f"flip horizontally with probability 0.5 {by_dataset('flip')}")
+    add("--brightness", **share,
+        help=f"maximum that is added, of the way from black to white {by_dataset('brightness')}")
     add("--no-augment", action="store_true", help="none of these")
 
     group = parser.add_argument_group("where and how")
@@ -169,7 +171,7 @@ def resolve_settings(args, model, dataset, seed, device, plugin=None):
     defaults = {name: parameter.default for name, parameter in inspect.signature(ViT).parameters.items()}
     defaults |= MODELS[model] | data.DATASETS[dataset]["defaults"]
     if args.no_augment:
-        defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False)
+        defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False, brightness=0.0)
     settings = dict(model=model, dataset=dataset, seed=seed, plugin=plugin)
     for name in [*records.MODEL_SETTINGS, *records.RECIPE_SETTINGS]:
         settings[name] = defaults[name] if getattr(args, name) is None else getattr(args, name)
@@ -277,17 +279,17 @@ def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
     images_per_second = len(runs.seeds) * count / (time.perf_counter() - start)
     shares = torch.tensor([len(batch) / count for batch in torch.arange(count).split(settings["batch_size"])],
                           dtype=torch.double)
-    model = analysis.make_model(settings).to(splits["val"].labels.device)
-    for i, folder in enumerate(runs.folders):
+    models = [analysis.make_model(settings).to(splits["val"].labels.device) for _ in runs.seeds]
+    for i, model in enumerate(models):
+        model.load_state_dict(runs.net.model_state(i))
+    figures = zip(analysis.evaluate(models, splits["val"], settings),
+                  analysis.measure_lambdas(models, splits["val"], settings))
+    for i, (folder, ((val_loss, val_accuracy), lambdas)) in enumerate(zip(runs.folders, figures)):
         check_finite(folder, epoch, losses[i])
-        weights = runs.net.model_state(i)
-        model.load_state_dict(weights)
-        val_loss, val_accuracy = analysis.evaluate(model, splits["val"], settings)
         check_finite(folder, epoch, torch.tensor([val_loss]))
-        lambdas = analysis.measure_lambdas(model, splits["val"], settings)
         if val_loss < runs.best[i]["val_loss"]:
             runs.best[i] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
-            records.write_checkpoint(folder / "best.pt", weights)
+            records.write_checkpoint(folder / "best.pt", models[i].state_dict())
         runs.metrics[i].append(dict(
             epoch=epoch, step=epoch * len(shares), lr=factor * settings["lr"], train_loss=losses[i].dot(shares).item(),
             train_accuracy=correct[i].item() / count, val_loss=val_loss, val_accuracy=val_accuracy, seconds=math.nan,
@@ -412,22 +414,26 @@ def begin_runs(experiment, seeds, args, device):
     return runs
 
 
-def finish_run(folder, settings, facts, rows, best, splits, with_analysis):
-    """Test a run's best weights, analyse them if so wanted, and write summary.json."""
-    model = analysis.load_model(folder, settings, splits["test"].labels.device)
-    test_loss, test_accuracy = analysis.evaluate(model, splits["test"], settings)
-    start = time.perf_counter()
+def finish_runs(runs, settings, facts, splits, with_analysis):
+    """Test the best weights of the runs, analyse them if so wanted, and write summary.json of each."""
+    left = [run for run in zip(runs.seeds, runs.folders, runs.metrics, runs.best)
+            if not (run[1] / "summary.json").exists()]
+    folders, split = [folder for _, folder, *_ in left], splits["test"]
+    models = [analysis.load_model(folder, settings, split.labels.device) for folder in folders]
+    tests, start = analysis.evaluate(models, split, settings), time.perf_counter()
     if with_analysis:
-        analysis.analyse(folder, model, splits["test"], settings)
-    epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
-    records.write_summary(folder, dict(
-        model=settings["model"], dataset=settings["dataset"], seed=settings["seed"], parameters=facts["parameters"],
-        epochs=len(rows), best_epoch=best["epoch"], val_loss=best["val_loss"], val_accuracy=best["val_accuracy"],
-        test_loss=test_loss, test_accuracy=test_accuracy, seconds=sum(row["seconds"] for row in rows),
-        train_seconds=sum(epoch_seconds), analysis_seconds=time.perf_counter() - start,
-        milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(rows) / rows[-1]["step"],
-        images_per_second=statistics.median(row["images_per_second"] for row in rows)))
-    print(result_line(folder), flush=True)
+        analysis.analyse(folders, models, split, settings)
+    analysis_seconds = (time.perf_counter() - start) / len(left)
+    for (seed, folder, rows, best), (test_loss, test_accuracy) in zip(left, tests):
+        epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
+        records.write_summary(folder, dict(
+            model=settings["model"], dataset=settings["dataset"], seed=seed, parameters=facts["parameters"],
+            epochs=len(rows), best_epoch=best["epoch"], val_loss=best["val_loss"], val_accuracy=best["val_accuracy"],
+            test_loss=test_loss, test_accuracy=test_accuracy, seconds=sum(row["seconds"] for row in rows),
+            train_seconds=sum(epoch_seconds), analysis_seconds=analysis_seconds,
+            milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(rows) / rows[-1]["step"],
+            images_per_second=statistics.median(row["images_per_second"] for row in rows)))
+        print(result_line(folder), flush=True)
 
 
 def result_line(folder):
@@ -472,10 +478,8 @@ def train_runs(args):
             for seeds in machine.on_first_rank(claim_stacks, experiment, args, locks):
                 runs = begin_runs(experiment, seeds, args, device)
                 train_stack(runs, splits, settings)
-                for seed, folder, rows, best in zip(seeds, runs.folders, runs.metrics, runs.best):
-                    if machine.rank() == 0 and not (folder / "summary.json").exists():
-                        finish_run(folder, settings | dict(seed=seed), experiment.facts, rows, best, splits,
-                                   args.analysis)
+                if machine.rank() == 0:
+                    finish_runs(runs, settings, experiment.facts, splits, args.analysis)
     if machine.rank() == 0:
         print_results(folders, skipped, args.runs_dir)
     machine.disconnect_ranks()

@@ -46,6 +46,10 @@ class SelfAttention(nn.Module):
         q, k, _ = self.project(x)
         return softmax_map(q, k)
 
+    def branches(self, x):
+        """The terms that a head adds up, of which self-attention has one: x (B, N, dim) -> [(B, H, N, dim / H)]."""
+        return [softmax_attention(*self.project(x))]
+
     def forward(self, x, keep=None):
         """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""
         q, k, v = self.project(x)
@@ -192,11 +196,30 @@ class ViT(nn.Module):
         """The signed attention maps: images (B, C, H, W) -> list of (B, H, N, N), one a block."""
         return [attn.attention_map(x) for attn, x in self.attention_inputs(images)]
 
+    def attention_branches(self, images):
+        """The terms that the heads add up, before any norm: images (B, C, H, W) -> for each block a list of
+        (B, H, N, e), such as [A1 v, -lambda A2 v]; or None where an attention does not offer them."""
+        if all(offers_branches(block.attn) for block in self.blocks):
+            return [attn.branches(x) for attn, x in self.attention_inputs(images)]
+
     def mean_lambdas(self, images):
         """The mean weight of the second branch, images (B, C, H, W) -> list of scalars, one a differential block."""
-        if not any(hasattr(block.attn, "mean_lambda") for block in self.blocks):
-            return []
+        differential = [block.attn for block in self.blocks if hasattr(block.attn, "mean_lambda")]
+        if not any(needs_tokens(attn.mean_lambda) for attn in differential):
+            return [attn.mean_lambda() for attn in differential]
         return [attn.mean_lambda(x) for attn, x in self.attention_inputs(images) if hasattr(attn, "mean_lambda")]
+
+
+def needs_tokens(mean_lambda):
+    return any(parameter.default is parameter.empty for parameter in inspect.signature(mean_lambda).parameters.values())
+
+
+def offers_branches(attn):
+    """Whether an attention has branches(x). One that has maps of its own and inherits the method has not: these are
+    not the terms of its maps."""
+    owners = [next((owner for owner in type(attn).__mro__ if name in vars(owner)), None)
+              for name in ("branches", "attention_map")]
+    return None not in owners and issubclass(*owners)
 
 
 def doubled_diff_attention(dim, num_heads, **kwargs):

@@ -31,11 +31,15 @@ def write_run(runs_dir, model="vit", seed=0, dataset="mnist", lambdas=False, set
         | (dict(lambda_0=draw()) if lambdas else {}) for epoch in (1, 2, 3)])
     if analysed:
         records.write_csv(folder / "noise.csv", [
-            dict(corruption=name, severity=severity, test_loss=draw(), test_accuracy=draw())
+            dict(corruption=name, severity=severity, amount=0.1 * severity, test_loss=draw(), test_accuracy=draw())
             for name in ("gaussian_noise", "blur") for severity in (1, 2)])
         records.write_csv(folder / "attention.csv", [
             dict(condition="clean", block=0, head=head) | dict.fromkeys(records.ATTENTION_FIGURES[:-1], draw())
             | dict(signal_to_noise=numpy.inf if head else 1.5) for head in (0, 1)])
+        records.write_csv(folder / "response.csv", [
+            dict(condition="shot_noise_3", block=0, head=head)
+            | {name: draw() if lambdas or name[-2:] != "_2" else "" for name in records.RESPONSE_FIGURES}
+            for head in (0, 1)])
     (folder / "best.pt").write_bytes(b"weights")
     records.write_summary(folder, dict(
         model=model, dataset=dataset, seed=seed, parameters=33_034, epochs=3, best_epoch=2, val_loss=draw(),
@@ -55,7 +59,7 @@ def contents(runs):
         return sorted((name, value) for name, value in values.items() if name != "crc32")
 
     return {run.folder.name: repr([*map(sort, [run.settings, run.facts, run.metrics, run.summary]), run.noise,
-                                   run.attention]) for run in runs}
+                                   run.attention, run.response, run.amounts]) for run in runs}
 
 
 def read(folder):

@@ -299,8 +299,8 @@ def read_checkpoint(path):
 
 
 def check_settings(settings):
-    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. What is younger than
-    the record gets the value that it had then."""
+    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. A setting that is
+    younger than the record gets the value that it had then."""
     settings.setdefault("brightness", 0.0)
     for name in ("model", "dataset"):
         check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
@@ -444,7 +444,7 @@ def response_of(rows):
 
 
 # metrics: {column: list}. noise, attention, response and maps are as their readers return them, None where the run was
-# not analysed; a run in tables has no maps, and its folder, DIR/NAME, does not exist. amounts: those of the corruptions.
+# not analysed; amounts: those of the corruptions. A run in tables has no maps, and its folder, DIR/NAME, does not exist.
 Run = namedtuple("Run", "folder settings facts metrics summary noise attention response amounts maps")
 
 
@@ -577,8 +577,8 @@ def read_table(folder, name, sums):
             content = path.read_bytes()
             if sha256(content) == sums[name]:
                 return content.decode()
-    raise UserError(f"{folder / name} is {'not what ' + SUMS + ' says' if found else 'missing'}: put the original back, "
-                    f"or move the tables and {SUMS} away")
+    problem = f"not what {SUMS} says" if found else "missing"
+    raise UserError(f"{folder / name} is {problem}: put the original back, or move the tables and {SUMS} away")
 
 
 # A row of runs.csv: the run's name, the flags that repeat it, and what its config.json and its summary.json hold.
@@ -703,12 +703,14 @@ def stage_tables(folder, runs):
     order = sorted(rows, key=lambda name: [rows[name].settings[key] for key in ("dataset", "model", "seed")])
     texts = {"runs.csv": format_rows([rows[name] for name in order])}
     for table in TABLES[1:]:
-        groups = group_by_run(folder / table, read_table(folder, table, old_sums), rows.keys(), str) if (
-            table in old_sums) else {}
+        groups = {}
+        if table in old_sums:
+            groups = group_by_run(folder / table, read_table(folder, table, old_sums), rows.keys(), str)
         for run in runs:
+            path = run.folder / table
             groups.pop(run.folder.name, None)
-            if (run.folder / table).exists():
-                groups[run.folder.name] = parse_csv(read_text(run.folder / table), lambda cell: to_cell(from_cell(cell)))
+            if path.exists():
+                groups[run.folder.name] = parse_csv(read_text(path), lambda cell: to_cell(from_cell(cell)))
         if groups:
             texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
     for table, text in texts.items():
@@ -811,8 +813,8 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
         folder = run_folder(runs_dir, settings | dict(seed=seed))
         if overwrite:
             if folder.name in read_rows(folder.parent):
-                raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not change: "
-                                "give another --runs-dir")
+                raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not "
+                                "change: give another --runs-dir")
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
             stack = read_stack(folder) if (folder / "config.json").exists() else []

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -886,3 +887,28 @@ def test_a_changed_plugin(tmp_path, monkeypatch, capsys):
     assert command(*again) == 0
     assert command(*again, "--overwrite") == 0
     assert records.find_run_plugin(folder, records.read_config(folder)[0]["plugin"]).read_text() == ""
+
+
+def test_an_attention_of_ones_own(tmp_path):
+    """The README's own lines, in a file of their own, train a new model and draw it in front of the reference."""
+    code = next(code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                if "MODELS[" in code)
+    assert len(code.strip().splitlines()) <= 12
+    (tmp_path / "my_attention.py").write_text(code)
+    runs = tmp_path / "runs"
+    shutil.copytree(HERE / "runs/reference", runs / "reference",
+                    ignore=shutil.ignore_patterns("*.png", "cluttered*-seed*"))
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                              check=True).stdout
+
+    run("train.py", "--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", "--seed", "0", "1", *TINY,
+        "--epochs", "1", "--runs-dir", runs)
+    settings, _ = records.read_config(runs / "mnist-vitcosine-seed1")
+    assert records.find_run_plugin(runs / "mnist-vitcosine-seed1", settings["plugin"]).read_text() == code
+    (row,) = re.findall(r"^ *vitcosine.*$", run("plot.py", runs, "--out", tmp_path / "charts"), re.MULTILINE)
+    mean = statistics.fmean(records.read_summary(runs / f"mnist-vitcosine-seed{seed}")["test_accuracy"]
+                            for seed in (0, 1))
+    assert f"{mean:.2%}" in row
+    assert (tmp_path / "charts/mnist-val-loss.png").read_bytes().startswith(b"\x89PNG")

@@ -444,7 +444,7 @@ def response_of(rows):
 
 
 # metrics: {column: list}. noise, attention, response and maps are as their readers return them, None where the run was
-# not analysed; amounts: those of the corruptions. A run in tables has no maps, and its folder, DIR/NAME, does not exist.
+# not analysed; amounts: those of the corruptions. A run in tables has no maps, and its folder DIR/NAME does not exist.
 Run = namedtuple("Run", "folder settings facts metrics summary noise attention response amounts maps")
 
 

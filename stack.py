@@ -70,7 +70,7 @@ class StackedModel(nn.Module):
 
 
 def group_parameters(model):
-    """The trained parameters by how they are trained, in this order: {"matrices": {name: shape}, "rest": {name: shape}}.
+    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}, so ordered.
 
     Muon and weight decay are for the matrices; the rest are norms, biases, tokens and lambda.
     """

@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         update = matrices.grad.lerp(average, group["momentum"])
         pieces = update.split([rows * columns for rows, columns in self.shapes], dim=1)
         updates = orthogonalize([piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)])
-        update = torch.cat([max(1, m / n) ** 0.5 * matrix.flatten(1)
+        update = torch.cat([((m / n) ** 0.5 * matrix if m > n else matrix).flatten(1)
                             for matrix, (m, n) in zip(updates, self.shapes)], dim=1)
         matrices.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
         if self.adamw:

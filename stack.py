@@ -46,7 +46,7 @@ class StackedModel(nn.Module):
         for group, names in self.shapes.items():
             rows = [torch.cat([model.get_parameter(name).detach().flatten() for name in names]) for model in models]
             self.register_parameter(group, nn.Parameter(torch.stack(rows)))
-        object.__setattr__(self, "template", models[0].train())
+        object.__setattr__(self, "template", models[0].train())  # which self.template = ... would make a submodule
 
     def weights(self):
         """{name: (S, *shape)}, views of the parameters."""
@@ -70,9 +70,9 @@ class StackedModel(nn.Module):
 
 
 def group_parameters(model):
-    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}.
+    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}, so ordered.
 
-    Muon or weight decay are for the matrices; the rest are norms, biases, tokens and lambda.
+    Muon and weight decay are for the matrices; the rest are norms, biases, tokens and lambda.
     """
     groups = {}
     for name, parameter in model.named_parameters():

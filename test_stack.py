@@ -253,7 +253,7 @@ def test_compiled_losses(tmp_path, monkeypatch, model, backend):
 
 def test_without_a_compiler(tmp_path, monkeypatch, capsys):
     """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without."""
-    flags = [*TINY, "--epochs", "1", "--model", "vit", "--runs-dir"]
+    flags = [*TINY, "--epochs", "1", "--model", "vit", "--head-hidden-dim", "0", "--runs-dir"]
     process = launch("train.py", *flags, tmp_path / "yes", "--compile", "yes", CXX="/bin/false",
                      TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
 

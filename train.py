@@ -380,9 +380,9 @@ def make_runs(settings, seeds, runs_dir, device, compiled=False, required=False)
         batch = analysis.empty_images(settings, len(seeds), settings["batch_size"]).zero_().to(device)
         fast_step = stack.accelerate(step, net, optimizer, machine.part_of_rank(batch), settings["amp"], required)
     step = functools.partial(step, net)
-    return Runs(seeds, [records.run_folder(runs_dir, settings | dict(seed=seed)) for seed in seeds],
-                [[] for _ in seeds], [dict(epoch=0, val_loss=math.inf) for _ in seeds], net, optimizer, scaler, step,
-                fast_step or step)
+    folders = [records.run_folder(runs_dir, settings | dict(seed=seed)) for seed in seeds]
+    metrics, best = [[] for _ in seeds], [dict(epoch=0, val_loss=math.inf) for _ in seeds]
+    return Runs(seeds, folders, metrics, best, net, optimizer, scaler, step, fast_step or step)
 
 
 def begin_runs(experiment, seeds, args, device):

@@ -78,7 +78,6 @@ def small():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_splits", load_splits)
-        patch.setattr(machine, "warn_if_busy", lambda device: None)
         yield
 
 
@@ -473,8 +472,9 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1"], os.replace
     few_images(monkeypatch, 201)
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
-    plan = train.plan_experiments(train.parse_flags(list(map(str, flags))), CPU, None)
-    monkeypatch.setattr(train, "plan_experiments", lambda *arguments: plan)  # which is the same each time
+    (plan,) = train.plan_experiments(train.parse_flags(flags), CPU, None)
+    monkeypatch.setattr(train, "plan_experiments", lambda args, *others: [  # which is the same each time
+        plan._replace(request=(args.runs_dir, *plan.request[1:]))])
 
     def replace_or_end(source, target):
         if not next(countdown):

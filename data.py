@@ -120,6 +120,10 @@ def validation_size(name):
     return min(VALIDATION_SIZE, DATASETS[name]["sizes"][0] // 10)
 
 
+def training_size(name):
+    return DATASETS[name]["sizes"][0] - validation_size(name)
+
+
 def read_archives(name, data_dir):
     """The training and the test archive that torchvision has of a data set: two Splits."""
     import torchvision

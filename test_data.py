@@ -264,7 +264,7 @@ def test_own_data_as_a_user_has_them(tmp_path, own_rows, monkeypatch, capsys):
     assert train.main(training) == 0
     found = records.read_run(run)
     assert found.summary["test_accuracy"] > 0.7 and found.settings["epochs"] == 6 and found.settings["shift"] == 4.0
-    assert found.maps[0].shape == (3, 3, 32, 32) and train.training_size("mine") == 108
+    assert found.maps[0].shape == (3, 3, 32, 32) and data.training_size("mine") == 108
     before = {path: path.read_bytes() for path in run.iterdir()}
     assert train.main([*training, "--patch-size", "5", "--overwrite"]) == 2
     assert "patch size 5 does not divide image size 32: choose one of [1, 2, 4, 8," in capsys.readouterr().err

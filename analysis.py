@@ -343,6 +343,12 @@ def analyse(folders, models, split, settings):
 
 def analyse_run(folder, device, data_dir):
     """Test a finished run again, print the figures beside those recorded, and write its analysis."""
+    records.read_config(folder)  # so that no folder is made where there is no run
+    with records.locked(folder):  # which gather would else move away meanwhile
+        repeat_test(folder, device, data_dir)
+
+
+def repeat_test(folder, device, data_dir):
     settings, _ = records.read_config(folder)
     summary = records.read_summary(folder)
     if "crc32" in summary:
@@ -360,9 +366,8 @@ def analyse_run(folder, device, data_dir):
     (figures,) = evaluate([model], split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
-    with records.locked(folder):
-        analyse([folder], [model], split, settings)
-        records.write_summary(folder, summary)
+    analyse([folder], [model], split, settings)
+    records.write_summary(folder, summary)
     print(f"{', '.join(records.ANALYSIS)} written into {folder}", flush=True)
 
 

@@ -139,7 +139,8 @@ def number(kind, what, is_right):
 
 def whole_number(low, high=10**6):
     """The arguments of add_argument for a flag that takes a whole number from low to high."""
-    return dict(metavar="N", type=number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high))
+    kind = number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high)
+    return dict(metavar="N", type=kind)
 
 
 def real_number(what, is_right):
@@ -364,6 +365,8 @@ def check_settings(settings):
               "digits and . + - _, of which the first is a letter or digit")  # as charts' files have it
     check(type(settings["seed"]) is int, "seed is not a whole number")
     check(type(settings["epochs"]) is int, "epochs is not a whole number")
+    check(settings.get("plugin") is None or re.fullmatch(r".+ \w+", settings["plugin"]),
+          "plugin is not a name and digits")
 
 
 def check_recordable(settings):
@@ -565,7 +568,7 @@ def subfolders(folder):
 
 def is_run(folder):
     """Whether a folder is of a run, finished or not; one of tables has a metrics.csv, too."""
-    return not (folder / "runs.csv").exists() and any(
+    return not os.path.exists(folder / "runs.csv") and any(
         os.path.exists(folder / name) for name in ("config.json", "metrics.csv", "summary.json"))
 
 
@@ -578,20 +581,29 @@ def find_runs(*folders):
     """
     runs, skipped = [], []
     for folder in map(Path, folders):
-        children, tabled = subfolders(folder), read_tables(folder)
-        names = {run.folder.name for run in tabled}
-        runs += tabled
-        for child in children:
-            if child.name in names:
-                raise UserError(f"{child} and {folder / 'runs.csv'} hold the same run: run python records.py gather "
-                                f"{shlex.quote(str(folder))} again if it was interrupted, or move the folder away")
-            try:
-                if is_run(child):
-                    runs.append(read_run(child))
-                elif not subfolders(child) and child.name != "plugins":
-                    skipped.append(f"{child}: not a run")
-            except UserError as error:
-                skipped.append(str(error))
+        while True:
+            sums, found = read_sums(folder), look_into(folder)
+            if read_sums(folder) == sums:  # else a gather has moved runs meanwhile, which may be in neither list
+                break
+        runs += found[0]
+        skipped += found[1]
+    return runs, skipped
+
+
+def look_into(folder):
+    children, runs, skipped = subfolders(folder), read_tables(folder), []
+    names = {run.folder.name for run in runs}
+    for child in children:
+        if child.name in names and is_run(child):
+            raise UserError(f"{child} and {folder / 'runs.csv'} hold the same run: run python records.py gather "
+                            f"{shlex.quote(str(folder))} again if it was interrupted, or move the folder away")
+        try:
+            if is_run(child):
+                runs.append(read_run(child))
+            elif child.name not in names and not subfolders(child) and child.name != "plugins":
+                skipped.append(f"{child}: not a run")
+        except UserError as error:
+            skipped.append(str(error))
     return runs, skipped
 
 
@@ -630,8 +642,11 @@ def read_sums(folder):
     if not path.exists() and not (folder / "runs.csv").exists():
         return {}
     with reading(path):
-        sums = {name: digits for digits, name in re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", read_text(path), re.M)}
-        check({"runs.csv", "metrics.csv"} <= sums.keys() <= {*TABLES}, "it does not name the tables")
+        lines = [re.fullmatch(r"([0-9a-fA-F]{64}) [ *](\S+)", line) for line in read_text(path).splitlines()]
+        check(all(lines), "a line is not a checksum and a name")
+        sums = {line[2]: line[1].lower() for line in lines}
+        there = {name for name in TABLES if (folder / name).exists()}
+        check({"runs.csv", "metrics.csv"} | there <= sums.keys() <= {*TABLES}, "it does not name the tables")
     return sums
 
 
@@ -642,7 +657,7 @@ def read_table(folder, name, sums):
         with reading(path):
             content = path.read_bytes()
             if sha256(content) == sums[name]:
-                return content.decode()
+                return content.decode(errors="surrogateescape")  # as write_whole writes a path that is not UTF-8
     problem = f"not what {SUMS} says" if found else "missing"
     raise UserError(f"{folder / name} is {problem}: put the original back, or move the tables and {SUMS} away")
 
@@ -711,18 +726,24 @@ def gather(folder, keep_seeds=()):
     Raises:
         UserError: if a run is not finished, damaged or in use, or would not be the same in a table; nothing is changed.
     """
+    subfolders(folder)  # a folder that is not there is not made
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder))
         settle(folder)
         runs = [read_run(child) for child in subfolders(folder) if is_run(child)]
         moved = [run for run in runs if run.settings["seed"] not in keep_seeds]
+        if keep_seeds and runs and moved == runs:
+            raise UserError(f"{folder} has no run of seed {', '.join(map(str, keep_seeds))} to keep: leave --keep-seed "
+                            "out to gather all, and lose their weights")
+        allow_open_files(len(moved) + 64)
         for run in moved:
             check_movable(run)
             locks.enter_context(locked(run.folder))
-        check_same(moved, read_tables(folder), "is in the tables as another run: move one of them away")
+        old = read_tables(folder)
+        check_same(moved, old, "is in the tables as another run: move one of them away")
         if moved:
             new_sums = stage_tables(folder, moved)
-            check_same(moved, read_tables(folder, new_sums), "would not be the same in a table: its config.json, "
+            check_same(old + moved, read_tables(folder, new_sums), "would not be the same in a table: its config.json, "
                        "summary.json and CSV files contradict each other")
             write_whole(folder / SUMS, "".join(f"{digits}  {name}\n" for name, digits in new_sums.items()))
             settle(folder)
@@ -733,6 +754,16 @@ def gather(folder, keep_seeds=()):
                 shutil.rmtree(hidden)
     kept = f"; {len(runs) - len(moved)} stay folders" if len(runs) > len(moved) else ""
     print(f"{len(moved)} runs gathered, {len(read_rows(folder))} in the tables of {folder}{kept}")
+
+
+def allow_open_files(count):
+    """Let this process hold so many files open: a lock is one, and macOS allows 256 unless asked."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < count and soft != resource.RLIM_INFINITY:
+            wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def settle(folder):
@@ -747,7 +778,9 @@ def settle(folder):
     for hidden in folder.glob(".*.gathered"):
         name = hidden.name.removeprefix(".").removesuffix(".gathered")
         with writing(hidden):
-            if name in rows:
+            if name in rows and hidden.is_symlink():
+                hidden.unlink()
+            elif name in rows:
                 shutil.rmtree(hidden)
             else:
                 os.replace(hidden, folder / name)
@@ -755,9 +788,11 @@ def settle(folder):
 
 def check_movable(run):
     """Raise a UserError if the folder of a run holds anything that gather would delete and nobody could make again."""
-    plugin = [plugin_name(run.settings)] if run.settings.get("plugin") else []
-    strays = sorted(path.name for path in run.folder.iterdir()
-                    if path.name not in [*FILES, *plugin] and not path.name.startswith("."))
+    if run.folder.is_symlink():
+        raise UserError(f"{run.folder} is a link: put the folder itself there, or move the link away")
+    plugin = find_plugin(run.settings["plugin"], run.folder) if run.settings.get("plugin") else None
+    strays = sorted(path.name for path in run.folder.iterdir() if path.name not in [*FILES, ".lock"]
+                    and path != plugin and not re.fullmatch(r"\..*\.partial", path.name))
     if strays:
         raise UserError(f"{run.folder} holds {', '.join(strays)}, which tables do not keep: move it away")
 
@@ -779,16 +814,23 @@ def stage_tables(folder, runs):
                 groups[run.folder.name] = parse_csv(read_text(path), lambda cell: to_cell(from_cell(cell)))
         if groups:
             texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
+    for table in texts:
+        if table not in old_sums and (folder / table).exists():
+            raise UserError(f"{folder / table} is not a table of {SUMS}: move it away; nothing was gathered")
     for table, text in texts.items():
         write_whole(staged(folder, table), text)
-    return {table: sha256(text.encode()) for table, text in texts.items()}
+    return {table: sha256(text.encode(errors="surrogateescape")) for table, text in texts.items()}
 
 
 def make_row(run):
-    plugin = run.settings.get("plugin")
-    if plugin:
-        kept = keep_plugin(run.folder.parent, plugin, find_plugin(plugin, run.folder))
-    return Row(run.folder.name, " ".join(make_flags(run.settings, kept if plugin else None)), run.settings, run.facts,
+    setting, kept = run.settings.get("plugin"), None
+    if setting:
+        runs_dir = run.folder.parent
+        source = find_plugin(setting, run.folder, runs_dir, runs_dir / "plugins")
+        if not source:
+            say_once(f"the plugin {setting} is not beside the runs, which cannot be repeated without it")
+        kept = keep_plugin(runs_dir, setting, source)
+    return Row(run.folder.name, " ".join(make_flags(run.settings, kept)), run.settings, run.facts,
                {name: value for name, value in run.summary.items() if name != "crc32"})
 
 
@@ -852,8 +894,8 @@ def is_finished(folder, settings):
     differing = [f"{name} is {recorded.get(name)} there and {value} here"
                  for name, value in settings.items() if recorded.get(name) != value]
     if differing:
-        raise UserError(f"{folder} has other settings ({'; '.join(differing)}): give those, another --runs-dir, "
-                        "or --overwrite to lose that run")
+        raise UserError(f"{folder} has other settings ({'; '.join(differing)}): give those, or another --runs-dir"
+                        + (", or --overwrite to lose that run" if not row else ""))
     return row is not None or (folder / "summary.json").exists()
 
 
@@ -943,7 +985,8 @@ def locked(folder, wait=False):
                     raise UserError(f"{folder} cannot be locked ({error.strerror}): name another folder") from None
                 say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
         for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
         try:
             yield
         finally:

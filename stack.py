@@ -150,7 +150,8 @@ def is_compiled(choice, stack_steps, device, amp):
     if device.type == "cuda":
         possible = machine.world_size() == 1 and amp != "float16"
         if choice == "yes" and not possible:
-            machine.say("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler")
+            machine.say("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient "
+                        "scaler")
         return choice == "yes" and possible
     if choice != "auto" or device.type != "cpu":
         return choice == "yes"

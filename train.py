@@ -415,8 +415,8 @@ def finish_runs(runs, settings, facts, splits, with_analysis):
 def print_result(folder, width=0):
     summary = records.read_summary(folder)
     print(f"{folder.name:{width}}  {summary['parameters']:,} parameters  val loss {summary['val_loss']:.4f}  test loss "
-          f"{summary['test_loss']:.4f} accuracy {summary['test_accuracy']:.2%}  {summary.get('seconds', math.nan):.0f} s",
-          flush=True)
+          f"{summary['test_loss']:.4f} accuracy {summary['test_accuracy']:.2%}  "
+          f"{summary.get('seconds', math.nan):.0f} s", flush=True)
 
 
 def print_results(folders, finished_before, runs_dir):

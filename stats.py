@@ -20,7 +20,7 @@ IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST
             "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
 PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the others in records without amounts
 GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]  # in records with amounts
-OFFSETS = ["image_offset", "patch_offset"]
+NOT_CLIPPED = ["gaussian_noise_unclipped", "image_offset", "patch_offset"]
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
@@ -263,17 +263,16 @@ def shared_corruptions(lines):
     return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
 
 
-def whole_noises(names):
-    """The corruptions that are neither a part of a noise nor an offset."""
-    return [name for name in names
-            if name not in OFFSETS and not name.endswith(("_shift", "_fluctuation", "_unclipped"))]
+def plain_corruptions(names):
+    """Those that are neither a part of a noise nor one of those that stand beside it, not clipped."""
+    return [name for name in names if name not in NOT_CLIPPED and not name.endswith(("_shift", "_fluctuation"))]
 
 
 def noise_parts(names):
-    """Each noise that was also met in parts, with these, and the offsets; nothing in records without amounts."""
+    """Each noise that was met in parts, too, with these, and what is not clipped; of records without amounts, none."""
     noises = [name.removesuffix("_shift") for name in names if name.endswith("_shift")]
-    parts = [noise + part for noise in noises for part in ("", "_shift", "_fluctuation", "_unclipped")]
-    return [name for name in parts + OFFSETS if name in names]
+    parts = [noise + part for noise in noises for part in ("", "_shift", "_fluctuation")]
+    return [name for name in parts + NOT_CLIPPED if name in names]
 
 
 def compared_noises(names):
@@ -437,7 +436,7 @@ def paired_table(heading, lines, measures, compared=()):
 def noise_tables(dataset, lines):
     """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
     names, severities = shared_corruptions(lines)
-    names = whole_noises(names)
+    names = plain_corruptions(names)
 
     def errors(run):  # of each corruption, then of all
         return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
@@ -492,8 +491,8 @@ def shift_tables(dataset, lines):
         f"{dataset}: mean test error over severities 1 to {severities} under each noise and under its parts alone",
         ["model", "seeds", *map(readable, names)], rows, INTERVAL_NOTE,
         "Shift: each pixel replaced by the mean of what the noise makes of it. Fluctuation: the noise less its shift. "
-        "Unclipped: the noise without the ends at black and white, which make the shift. Offset: one number added to "
-        "all pixels of an image, or of each patch."), paired_table(
+        "Unclipped: the noise not clipped at black and white. Offset: one number added to all pixels of an image, or "
+        "of a patch, each patch its own."), paired_table(
             f"{dataset}: difference in the test error under Gaussian noise", lines,
             {f"{readable(name)}, points": (lambda run, name=name: 100 * noise_error(run, [name], severities), 2, False)
              for name in ("gaussian_noise", *GAUSSIAN_PARTS)}), corruption_table(dataset, lines, names, severities),
@@ -528,8 +527,10 @@ def response_tables(dataset, lines):
         rows = [[line.label, readable(condition), *(mean_cell(
             [response_of(run, condition, block, name) for run in line.runs], number)
             for name, number in zip(records.RESPONSE_FIGURES, numbers))] for line in lines for condition in conditions]
-        tables.append(make_table(f"{dataset}: response of the branches in block {block}", [
-            "model", "condition", *map(readable, records.RESPONSE_FIGURES)], [row for row in rows if any(row[2:])]))
+        tables.append(make_table(
+            f"{dataset}: response of the branches in block {block}",
+            ["model", "condition", *(name.replace("_", " ") for name in records.RESPONSE_FIGURES)],
+            [row for row in rows if any(row[2:])]))  # not every model has this block
     return "\n".join([*tables, INTERVAL_NOTE, "", textwrap.dedent("""\
         Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum, which
         self-attention has alone. Noise to signal: the energy of the change that the corruption makes, by that of the

@@ -5,11 +5,11 @@
 draws the finished runs that lie directly in each folder named and, thin and muted behind them, those of its `reference`
 folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
 seed alone are one line, their mean. Needs neither torch nor data. Prints a short table a data set, after it has written
-DATASET-table.md, -paired-table.md, -noise-table.md, -shift-table.md, -response-table.md, -attention-table.md and the charts
-DATASET-shift.png, -shift-by-severity.png, -response.png, -noise.png, -val-loss.png, -val-accuracy.png, -parameters.png,
--lambda.png, -relevance.png, -maps.png and -blocks.png into the first folder; with --compare DATASET-comparisons.md,
-too. Of records without the amounts of corruptions, in place of what says shift or response, -pixel-noise.png,
--partial-noise.png and -partial-noise-table.md.
+DATASET-table.md, -paired-table.md, -noise-table.md, -shift-table.md, -response-table.md, -attention-table.md and the
+charts DATASET-shift.png, -shift-by-severity.png, -response.png, -noise.png, -val-loss.png, -val-accuracy.png,
+-parameters.png, -lambda.png, -relevance.png, -maps.png and -blocks.png into the first folder; with --compare
+DATASET-comparisons.md, too. Of records without amounts of corruption it writes -pixel-noise.png, -partial-noise.png and
+-partial-noise-table.md in place of those of shift and response.
 """
 
 import argparse
@@ -31,7 +31,7 @@ os.environ["MPLBACKEND"] = "agg"  # one that a notebook set may not be installed
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, ScalarFormatter
 
 import records
 import stats
@@ -357,7 +357,7 @@ def new_rows(title, notes, lines, order, headings, columns, width, **options):
             for text, line in [(family, None), *((line.label, line) for line in members)]}
     figure, grid = new_figure(
         title, [*notes, what_is_shown(lines)], len(headings) // columns, columns, (width, 0.27 * len(rows)),
-        gap=(0.3, 0.65), left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True, **options)
+        gap=(0.4, 0.65), left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True, **options)
     for axes, heading in zip(grid.flat, headings):
         axes.set(title=heading, ylim=(len(rows) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
@@ -511,14 +511,25 @@ def draw_response(dataset, lines):
         for row, line in rows.items():
             draw_branches(axes, row, line, response_samples(line, place))
         mark_baseline(axes, lines, lambda line: output(line, place))
-    for axes in grid:  # when all panels are drawn, so that none is cut off
-        axes.set_xlabel("noise to signal")
+        axes.set(xlabel="noise to signal", xscale="log")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.label_outer()
-    grid[0].set_xlim(left=0)
+    set_decades(grid[0])
     for text, mark, _ in BRANCHES.values():
         grid[0].plot([], [], color="0.3", linestyle="none", markersize=5, label=text, **mark)
     legend_below(figure)
     return figure
+
+
+def set_decades(axes):
+    """Have a logarithmic scale begin and end at 1, 2 or 5 times a power of ten, with ticks there and between."""
+    low, high = axes.get_xlim()
+    digits = (1, 2, 5) if high < 500 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-9, 9) for digit in digits]
+    first, last = max(tick for tick in ticks if tick <= low), min(tick for tick in ticks if tick >= high)
+    axes.set_xticks([tick for tick in ticks if first <= tick <= last])
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def response_samples(line, place):

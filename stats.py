@@ -147,7 +147,8 @@ def compare(rows, more_is_better, simulate=False):
     def detectable(differences):
         if not simulate:
             return detectable_difference(differences)
-        return detectable_effect(len(differences), len(rows)) * statistics.stdev(differences)
+        effect = detectable_effect(len(differences), len(rows))
+        return effect * statistics.stdev(differences) if effect < math.inf else effect
 
     p_values = {name: sign_flip_p(differences) for name, differences in rows.items()}
     corrected = dict(zip(rows, holm(list(p_values.values()))))
@@ -365,14 +366,16 @@ def difference_note(baseline):
             "(Student's t)")
 
 
-def comparison_note(comparisons, baseline):
+def comparison_note(comparisons, baseline, with_amounts):
     """What the columns of a comparison with a baseline say."""
-    counts = {found.count for found in comparisons.values()}
+    counts = sorted({found.count for found in comparisons.values()})
     text = (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
             "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
             f"{len(comparisons)}.")
-    return text + (f" With {max(counts)} seeds p cannot be below {2 / 2**max(counts):.3g} before the correction."
-                   if len(counts) == 1 else "")
+    if len(counts) > 1 and not with_amounts:
+        return text
+    least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
+    return f"{text} With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the correction."
 
 
 def make_table(heading, columns, rows, *notes):
@@ -399,7 +402,7 @@ def result_table(dataset, lines):
         for row, line in zip(rows, lines):
             difference, better, _, _, p_holm, _ = comparison_cells(comparisons.get(line.label), 2)
             row += [difference, better, p_holm]
-        notes.append(comparison_note(comparisons, f"`{BASELINE}`"))
+        notes.append(comparison_note(comparisons, f"`{BASELINE}`", have_amounts(lines)))
     published = [published_of(dataset, line) for line in lines]
     if any(published):
         columns.append("published")
@@ -429,7 +432,7 @@ def paired_table(heading, lines, measures, compared=()):
         columns, *rows = [[cell for i, cell in enumerate(row) if i % 6 != 4] for row in [columns, *rows]]
     most, _ = max(found, key=lambda pair: len(pair[0]))
     return make_table(heading, columns, rows, comparison_note(
-        most, "the second model" if compared else f"`{BASELINE}`") + " p (t) is that of Student's t." * amounts,
+        most, "the second model" if compared else f"`{BASELINE}`", amounts) + " p (t): Student's t." * amounts,
         DECISION_NOTE if amounts else DETECTABLE_NOTE)
 
 
@@ -532,10 +535,11 @@ def response_tables(dataset, lines):
             ["model", "condition", *(name.replace("_", " ") for name in records.RESPONSE_FIGURES)],
             [row for row in rows if any(row[2:])]))  # not every model has this block
     return "\n".join([*tables, INTERVAL_NOTE, "", textwrap.dedent("""\
-        Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum, which
-        self-attention has alone. Noise to signal: the energy of the change that the corruption makes, by that of the
-        clean outputs around their mean over images. Common share: the part of the change's energy that is the same in
-        all images. Cosines: between the branches, of the changes and of the clean outputs.
+        Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum.
+        Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption
+        makes, by that of the clean outputs around their mean over images. Common share: the part of the change's
+        energy that is the same in all images. Cosines: between the first branch and minus the second, of the changes
+        and of the clean outputs.
         """).replace("\n", " ").strip() + "\n"])
 
 

@@ -457,12 +457,11 @@ def draw_severities(title, choose, dataset, lines):
     names = choose(names)
     if not names:
         return None
-    cluttered = any(line.settings.get("distractors") for line in lines)
+    cluttered, brighter = (any(line.settings.get(name) for line in lines) for name in ("distractors", "brightness"))
+    met = "trained with distractors and no other corruption" if cluttered else "trained without corruption"
     figure, grid = new_figure(
         f"Test error by severity of {title} on {in_print(dataset)}", [
-            "trained with distractors and no other corruption" if cluttered else "trained without corruption" +
-            ", unless its name says brightness" * any(line.settings.get("brightness") for line in lines),
-            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
+            met + ", except for brightness where a name says so" * brighter, what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
         legend=texts_of(lines), sharex=True, sharey=True)
     for i, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
         if name is None:
@@ -498,19 +497,17 @@ def draw_response(dataset, lines):
     if not panels:
         return None
 
-    def output(line, place=next(iter(panels.values()))):
-        return response_samples(line, place)["noise_to_signal"]
-
+    first, *_ = panels.values()
     figure, grid, rows = new_rows(
         f"Response of the heads to the two parts of Gaussian noise, {in_print(dataset)}", [
             "noise to signal: energy of what the noise changes, by that of the clean outputs around their mean image",
-            f"severity 3, mean over heads; dashed: {BASELINE}, whose heads have one branch"], lines,
-        lambda line: statistics.fmean(output(line)), panels, len(blocks), 2.9,
-        legend=[text for text, _, _ in BRANCHES.values()])
+            f"severity {first[0].split('_')[-1]}, mean over heads; dashed: {BASELINE}, whose heads have one branch"],
+        lines, lambda line: statistics.fmean(response_samples(line, *first)["noise_to_signal"]), panels, len(blocks),
+        2.9, legend=[text for text, _, _ in BRANCHES.values()])
     for axes, place in zip(grid, panels.values()):
         for row, line in rows.items():
-            draw_branches(axes, row, line, response_samples(line, place))
-        mark_baseline(axes, lines, lambda line: output(line, place))
+            draw_branches(axes, row, line, response_samples(line, *place))
+        mark_baseline(axes, lines, lambda line: response_samples(line, *place)["noise_to_signal"])
         axes.set(xlabel="noise to signal", xscale="log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.label_outer()
@@ -532,8 +529,8 @@ def set_decades(axes):
     axes.xaxis.set_major_formatter("{x:g}")
 
 
-def response_samples(line, place):
-    return {name: [stats.response_of(run, *place, name) for run in line.runs] for name in BRANCHES}
+def response_samples(line, condition, block):
+    return {name: [stats.response_of(run, condition, block, name) for run in line.runs] for name in BRANCHES}
 
 
 def draw_branches(axes, row, line, samples):

@@ -76,6 +76,16 @@ def measure_model(settings, with_maps=False):
                 flops_per_image=counter.get_total_flops())
 
 
+@torch.inference_mode()
+def check_lambdas(settings, device):
+    """Raise a UserError unless the untrained model's mean lambdas are numbers that its record can hold."""
+    model = make_model(settings).to(device).eval()
+    for value in model.mean_lambdas(empty_images(settings, 2).zero_().to(device)):
+        if not records.is_finite(value.item()):
+            raise UserError(f"{settings['model']}: mean_lambda is {value.item()} before the first step: a record needs "
+                            "a finite number")
+
+
 # The models of a stack of seeds, each on the same images.
 
 class Call(nn.Module):
@@ -356,10 +366,12 @@ def analyse_run(folder, device, data_dir):
     print(f"{', '.join(records.ANALYSIS)} written into {folder}", flush=True)
 
 
+@machine.enough_memory()
 def analyse_runs(args):
     if len({records.read_config(folder)[0].get("plugin") for folder in args.runs}) > 1:
         raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
     device = machine.pick_device(args.device)
+    machine.take_threads(args.threads, device)
     for folder in args.runs:
         analyse_run(folder, device, args.data_dir)
 
@@ -367,16 +379,23 @@ def analyse_runs(args):
 def add_place_flags(parser):
     parser.add_argument("--device", default="auto", metavar="NAME",
                         help="cpu, cuda, cuda:1, mps or auto: CUDA, then MPS, then CPU (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--threads", **records.whole_number(1), help="of the CPU (default: OMP_NUM_THREADS, or as many "
+                        "as other processes leave cores idle; of a run that is resumed as many as it was begun with)")
+    parser.add_argument("--data-dir", type=records.usable_folder, default=Path("data"), metavar="DIR",
+                        help="default: %(default)s")
+
+
+def parse_flags(argv):
+    parser = records.Parser(prog="analysis.py", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=records.usable_folder, metavar="RUN", help="folder of a finished run")
+    add_place_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
-    parser = records.Parser(prog="analysis.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    add_place_flags(parser)
-    return records.exit_status("analysis.py", analyse_runs, parser.parse_args(argv))
+    return records.exit_status("analysis.py", parse_flags, analyse_runs, argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ROUNDS, CALLS = 10, 16
 NOTES = dict(
     benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
               "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
-              "square matrices in the same run; warm-up is the first step, compilation included.",
+              "square matrices in the same run and precision; warm-up is the first step, compilation included.",
     growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
@@ -92,7 +92,8 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                              batch_size=settings["batch_size"], parameters=facts["parameters"],
                              training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = machine.precision(settings["amp"], device)["dtype"] or torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, ROUNDS, CALLS)
     peak, one_seed = 2 * side**3 / statistics.median(products), {}
@@ -104,7 +105,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
         row.update(
             ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
             relative_to_one_seed=relative, images_per_second=images_per_second,
-            epoch_seconds=row["seeds"] * train.training_size(row["dataset"]) / images_per_second,
+            epoch_seconds=row["seeds"] * data.training_size(row["dataset"]) / images_per_second,
             evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(evaluation),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
     return rows
@@ -177,6 +178,7 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows])
 
 
+@machine.enough_memory()
 def run_benchmark(args):
     if machine.started_by_torchrun():
         raise records.UserError("benchmark.py takes one process: leave out torchrun")
@@ -186,31 +188,41 @@ def run_benchmark(args):
     experiments = train.plan_experiments(args, device, plugin)
     splits = {name: data.load_splits(name, args.data_dir, device)
               for name in dict.fromkeys(experiment.settings["dataset"] for experiment in experiments)}
-    machine.warn_if_busy(device)
+    machine.take_threads(args.threads, device)
     torch._dynamo.config.recompile_limit = 10 * len(experiments)  # so that all can stay compiled side by side
+    with records.locked(args.runs_dir):  # from the start, so that no figures are lost at the end
+        table = measure(args, experiments, splits, device)
+    print(table, end="")
+
+
+def measure(args, experiments, splits, device):
+    """Write what is asked for as a CSV file and as a table in Markdown, which is returned."""
     if args.growth:
         name, rows = "growth", benchmark_growth(experiments, splits, device)
         table = growth_table(rows)
     else:
-        with_compiled = stack.is_compiled(args.compile, stack.COMPILED_STEPS, device)
+        amp = experiments[0].settings["amp"]
+        with_compiled = stack.is_compiled(args.compile, stack.COMPILED_STEPS, device, amp)
         name, rows = "benchmark", benchmark_steps(experiments, splits, device, with_compiled)
         table = steps_table(rows)
     here = dict(device_name=machine.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
     table += (f"\n{NOTES[name]} Measured on {here['device_name']}, with {here['threads']} threads on the CPU, by "
               f"torch {here['torch']}.\n")
-    with records.locked(args.runs_dir):
-        records.write_csv(args.runs_dir / f"{name}.csv", [row | here for row in rows], number="{:.6g}")
-        records.write_whole(args.runs_dir / f"{name}.md", table)
-    print(table, end="")
+    records.write_csv(args.runs_dir / f"{name}.csv", [row | here for row in rows], number="{:.6g}")
+    records.write_whole(args.runs_dir / f"{name}.md", table)
+    return table
+
+
+def parse_flags(argv):
+    parser = train.make_parser("benchmark.py", __doc__)
+    parser.add_argument("--growth", action="store_true", help="time growing sizes in place of seeds and compilation")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
-    parser = train.make_parser("benchmark.py", __doc__)
-    parser.add_argument("--growth", action="store_true", help="time growing sizes in place of seeds and compilation")
-    args = train.parse_flags(argv, parser)
     machine.keep_freed_memory()
-    return records.exit_status("benchmark.py", run_benchmark, args)
+    return records.exit_status("benchmark.py", parse_flags, run_benchmark, argv)
 
 
 if __name__ == "__main__":

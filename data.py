@@ -58,10 +58,10 @@ VALIDATION_SIZE = 5_000  # or a tenth of the training archive, where that is les
 EVALUATION_BATCH = 1_000
 FRAGMENT = 8  # pixels a side of a distractor on a canvas
 AUGMENTATION_DRAWS = 7  # random numbers an image
-# How test images are corrupted, at severities 1 to 5: {kind: (amounts for grey images, for colour images)}. Those above
-# the line are of MNIST-C (Mu and Gilmer 2019, arXiv 1906.02337: all in its program, shot noise, impulse noise and
-# brightness in its test set) and of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261). Other than there,
-# pixels are not rounded to bytes, a blur sees no pixels beyond the border, and that of grey images has both directions.
+# How test images are corrupted, at severities 1 to 5: {kind: (amounts for grey images, for colour images)}. The first
+# six are of MNIST-C (Mu and Gilmer 2019, arXiv 1906.02337; all are in its program, shot noise, impulse noise and
+# brightness also in its test set) and of CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv 1903.12261). Unlike in their
+# published images, pixels are not rounded to bytes; a blur is renormalised at the border, and has both directions.
 CORRUPTIONS = {
     "gaussian_noise": ([0.08, 0.12, 0.18, 0.26, 0.38], [0.04, 0.06, 0.08, 0.09, 0.1]),  # deviation, white being 1
     "shot_noise": ([60, 25, 12, 5, 3], [500, 250, 100, 75, 50]),  # photons that a white pixel has on average
@@ -80,7 +80,9 @@ CORRUPTIONS = {
 # noise - pixels = (shift - pixels) + (fluctuation - pixels).
 NOISES = ["gaussian_noise", "shot_noise", "impulse_noise"]
 CORRUPTIONS |= {f"{noise}_{part}": CORRUPTIONS[noise] for noise in NOISES for part in ("shift", "fluctuation")}
+# Clipping at black also takes two thirds of the variance: of s^2 it leaves s^2 (1/2 - 1 / (2 pi)).
 CORRUPTIONS["gaussian_noise_unclipped"] = CORRUPTIONS["gaussian_noise"]
+
 
 def is_cluttered(dataset):
     return "object_size" in DATASETS[dataset]
@@ -116,6 +118,10 @@ def load_splits(name, data_dir, device):
 def validation_size(name):
     """How many images of the training archive are the validation split: 5,000, or a tenth where that is less."""
     return min(VALIDATION_SIZE, DATASETS[name]["sizes"][0] // 10)
+
+
+def training_size(name):
+    return DATASETS[name]["sizes"][0] - validation_size(name)
 
 
 def read_archives(name, data_dir):

@@ -1,11 +1,16 @@
-"""Where the program runs: device and precision, the ranks of torchrun, threads and memory."""
+"""Where the program runs: device and precision, the ranks of torchrun, threads, memory and the terminal."""
 
 import contextlib
 import ctypes
+import datetime
+import itertools
+import logging
 import os
 import platform
+import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,28 +19,48 @@ from torch import distributed
 import records
 from records import UserError
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products on CUDA repeat; read at the first alone
+# What torch.compile says on a machine without a card, and what torch says of its own use of its own functions.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda line: "No CUDA runtime is found" not in line.msg)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+
 
 # The device.
 
 def pick_device(name):
-    """The torch.device that --device names, or a UserError where this machine does not have it.
+    """The torch.device that --device names, or a UserError where this machine does not have it. auto is the first that
+    works of CUDA, MPS and the CPU; a line says which does not.
 
     Of processes that torchrun started, each takes a CUDA device of its own.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK'] if started_by_torchrun() else 0}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not available ({records.first_line(error)}): try --device auto") from None
+    present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    choices = [kind for kind, is_present in present.items() if is_present] if name == "auto" else [name]
+    for choice, following in itertools.zip_longest(choices, choices[1:]):
+        try:
+            device = open_device(choice)
+            break
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            problem = records.first_line(error)
+        if started_by_torchrun():  # whose processes must all be on the same kind of device
+            raise UserError(f"--device {choice} is not available ({problem}): give --device cpu, or start fewer processes")
+        if not following:
+            raise UserError(f"--device {choice} is not available ({problem}): try --device auto")
+        print(f"{choice} cannot be used ({problem}): {following} is used in its place", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that the same seed gives the same record
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def open_device(name):
+    """The torch.device of this name, once a tensor was made there."""
+    if name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK'] if started_by_torchrun() else 0}"
+    with warnings.catch_warnings():  # of a card that torch no longer supports, where the tensor decides
+        warnings.filterwarnings("ignore", message=r"(?s).*(cuda|compute) capability")
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     return device
 
 
@@ -49,7 +74,7 @@ def resolve_amp(name, device):
         return name
     if device.type != "cuda":
         return "off"  # on a CPU half precision is slower than float32
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
 
 
 def precision(amp, device):
@@ -68,7 +93,8 @@ def connect_ranks(device):
     if started_by_torchrun():
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"torchrun does not work on {device.type}: give --device cpu")
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first analyses, longer than the default of 10 or 30 minutes.
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
 
 
 def disconnect_ranks():
@@ -92,6 +118,11 @@ def on_first_rank(function, *arguments):
     return box[0]
 
 
+def say(line):
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def part_of_rank(batch):
     """This rank's part of a batch (S, B, ...): (S, about B / world size, ...)."""
     return batch.tensor_split(world_size(), 1)[rank()]
@@ -104,31 +135,47 @@ def all_reduce(tensors):
             distributed.all_reduce(tensor)
 
 
-# Threads and memory.
+# Threads.
 
-def warn_if_busy(device):
-    """Say so if other processes leave this machine fewer idle cores than this one has threads: threads that wait for
-    one another in every small product make two trainings side by side many times slower."""
-    threads = torch.get_num_threads()
-    idle = idle_cores() if device.type == "cpu" and threads > 1 else None
-    if idle is not None and idle < threads - 0.5:
-        print(f"other processes leave {idle:.1f} idle cores for {threads} threads, which would slow both down many "
-              "times: set OMP_NUM_THREADS=1 for each, or wait for them", file=sys.stderr, flush=True)
+def take_threads(count, device):
+    """Have torch take `count` threads, what --threads gives; without it, on a CPU and where OMP_NUM_THREADS does not
+    say, as many as there are idle cores, at least one and at most torch's default, with a line where they are fewer.
+    Returns their number.
+
+    Threads that wait for one another in every small product make two trainings side by side many times slower.
+    """
+    default = torch.get_num_threads()
+    idle = idle_cores() if device.type == "cpu" and default > 1 and not threads_given(count) else None
+    if idle is not None and round(idle) < default:
+        count = max(1, round(idle))
+        print(f"{count} of {default} threads: other processes leave {idle:.1f} cores idle (--threads decides)",
+              file=sys.stderr, flush=True)
+    torch.set_num_threads(count or default)
+    return count or default
+
+
+def threads_given(count):
+    return bool(count or os.environ.get("OMP_NUM_THREADS"))
 
 
 def idle_cores(seconds=0.2):
-    """How many cores other processes leave idle, measured while this one sleeps; None where Linux does not tell."""
+    """How many of the cores that this process may use others leave idle, measured while it sleeps; None where Linux
+    does not tell."""
     def read():
-        user, nice, system, idle, iowait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
-        return idle + iowait, user + nice + system + idle + iowait + sum(rest[:3])
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        times = torch.tensor([list(map(int, line[1:9])) for line in lines if line[0] in names])
+        return times[:, 3:5].sum().item(), times.sum().item(), len(times)  # idle and waiting for a disk, all, cores
     try:
         before = read()
         time.sleep(seconds)
         after = read()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, IndexError):
         return None
-    return os.cpu_count() * (after[0] - before[0]) / max(1, after[1] - before[1])
+    return after[2] * (after[0] - before[0]) / max(1, after[1] - before[1])
 
+
+# Memory and the terminal.
 
 def keep_freed_memory():
     """Have glibc keep the memory of one step for the next: to give it back and take it again costs a stack up to
@@ -141,3 +188,21 @@ def keep_freed_memory():
 
 def is_out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """A block, or a function, for which too little memory is a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger "
+                        "--patch-size") from None
+
+
+def outlive_terminal():
+    """Let no terminal that is closed end this process."""
+    with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGHUP, and a thread cannot choose
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

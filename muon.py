@@ -6,6 +6,7 @@ torch.optim.Muon does the same to single matrices, one by one and in bfloat16, a
 import math
 
 import torch
+from torch.nn import functional as F
 
 
 def orthogonalize(matrices, steps=5):
@@ -28,8 +29,24 @@ def orthogonalize(matrices, steps=5):
             product = factor @ product if product.shape[1] > 1 else factor * product
             if step < steps - 1:
                 gram = factor @ gram @ factor
-        for i, factor in zip(members, product.chunk(len(members))):
+        for i, factor in zip(members, product.split([len(matrices[i]) for i in members])):
             result[i] = factor @ matrices[i] if matrices[i].shape[1] == side else matrices[i] @ factor
+    return result
+
+
+def orthogonalize_in_batches(matrices):
+    """The same within rounding errors, with fewer and larger products, for a GPU, where to start one takes longer than
+    to compute it: zeros pad each matrix until all have the same smaller side, and those of one shape are a batch. On a
+    CPU it saves a hundredth of a step, and changes the last digits of every record."""
+    side, groups, result = max(min(matrix.shape[1:]) for matrix in matrices), {}, list(matrices)
+    for i, matrix in enumerate(matrices):
+        rows, columns = (max(0, side - size) for size in matrix.shape[1:])
+        padded = F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+        groups.setdefault(padded.shape, {})[i] = padded
+    batches = orthogonalize([torch.cat(list(group.values())) for group in groups.values()])
+    for group, batch in zip(groups.values(), batches):
+        for i, matrix in zip(group, batch.chunk(len(group))):
+            result[i] = matrix[:, :matrices[i].shape[1], :matrices[i].shape[2]]
     return result
 
 
@@ -70,7 +87,8 @@ class Muon(torch.optim.Optimizer):
         average = self.state[matrices]["momentum_buffer"].lerp_(matrices.grad, 1 - group["momentum"])
         update = matrices.grad.lerp(average, group["momentum"])
         pieces = update.split([rows * columns for rows, columns in self.shapes], dim=1)
-        updates = orthogonalize([piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)])
+        pieces = [piece.unflatten(1, shape) for piece, shape in zip(pieces, self.shapes)]
+        updates = (orthogonalize_in_batches if matrices.is_cuda else orthogonalize)(pieces)
         update = torch.cat([((m / n) ** 0.5 * matrix if m > n else matrix).flatten(1)
                             for matrix, (m, n) in zip(updates, self.shapes)], dim=1)
         matrices.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)

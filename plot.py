@@ -689,18 +689,6 @@ def write_charts(out, file_format, datasets):
         return len(list(filter(None, map(write, *zip(*charts)))))
 
 
-def say(text, stream):
-    """Print a text as far as the stream takes it: a closed pipe, a full disk or an encoding ends no work."""
-    if stream is None:  # closed before Python was started
-        return
-    encoding = stream.encoding or "ascii"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):  # what is left is flushed again when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def plot(args):
     folders, out = args.folders, args.out or args.folders[0]
     for folder in folders:
@@ -709,7 +697,7 @@ def plot(args):
     own, skipped = records.find_runs(*dict.fromkeys(folders))
     reference, more_skipped = records.find_runs(*find_references(folders)) if args.reference else ([], [])
     for line in skipped + more_skipped:
-        say(f"skipped {line}", sys.stderr)
+        print(f"skipped {line}", file=sys.stderr)
     if args.seed:
         own, reference = ([run for run in runs if run.settings["seed"] in args.seed] for runs in (own, reference))
     if not own and not reference:
@@ -727,22 +715,27 @@ def plot(args):
     for path, table in tables.items():
         records.write_whole(path, table)
     charts = write_charts(out, args.format, datasets)
-    say(f"{stats.overview(datasets, out)}\n{len(tables)} tables and {charts} charts are in {out}", sys.stdout)
+    print(f"{stats.overview(datasets, out)}\n{len(tables)} tables and {charts} charts are in {out}")
 
 
-def main(argv=None):
-    """Returns the exit status: 0, or 2 where there is nothing to draw or nowhere to draw it."""
+def parse_flags(argv):
     parser = records.Parser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER",
+    parser.add_argument("folders", nargs="*", type=records.usable_folder, default=[Path("runs")], metavar="FOLDER",
                         help="a folder of runs (default: runs)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: into the first folder)")
+    parser.add_argument("--out", type=records.usable_folder, metavar="DIR",
+                        help="where to write (default: into the first folder)")
     parser.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="default: %(default)s")
     parser.add_argument("--no-reference", dest="reference", action="store_false",
                         help="do not draw the folders' reference runs")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("MODEL", "OTHER"),
                         help="compare two models seed by seed; given several times, p is corrected for all of them")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw the runs of these seeds alone")
-    return records.exit_status("plot.py", plot, parser.parse_args(argv))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Returns the exit status: 0, or 2 where there is nothing to draw or nowhere to draw it."""
+    return records.exit_status("plot.py", parse_flags, plot, argv)
 
 
 if __name__ == "__main__":

@@ -71,23 +71,58 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         return [os.path.expanduser(word) for word in shlex.split(line, comments=True)]
 
+    def parse_args(self, argv=None):
+        try:
+            return super().parse_args(argv)
+        except (RecursionError, ValueError) as error:
+            self.error(f"an @file does not hold flags ({error}): write one flag and its values a line")
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def exit_status(prog, command, *args):
-    """Run `command(*args)`: 0, or 2 after one line for a UserError, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+class Output:
+    """A stream that takes what it can of what is printed: no closed pipe or terminal, full disk or narrow encoding ends
+    the work of whoever prints, be it tqdm, argparse or a warning."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None if it was closed before Python was started
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer letters than we print
-    try:
-        command(*args)
-    except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted: run the same command again to resume", file=sys.stderr)
-        return 130
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            return function(*args)
+        except (OSError, ValueError):
+            # What is left in the buffer is flushed again when Python ends.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def exit_status(prog, parse_flags, command, argv):
+    """Run `command(parse_flags(argv))`: 0, or 2 after one line for a UserError, or 130 after Ctrl-C. What is printed
+    there goes through Output."""
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            command(parse_flags(argv))
+        except UserError as error:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{prog}: interrupted: run the same command again to resume", file=sys.stderr)
+            return 130
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
     return 0
 
 
@@ -102,6 +137,16 @@ def number(kind, what, is_right):
     return parse
 
 
+def whole_number(low, high=10**6):
+    """The arguments of add_argument for a flag that takes a whole number from low to high."""
+    return dict(metavar="N", type=number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high))
+
+
+def real_number(what, is_right):
+    """The arguments of add_argument for a flag that takes a number for which `is_right` holds."""
+    return dict(metavar="X", type=number(float, f"a number {what}", is_right))
+
+
 def usable_path(text):
     """An argparse type: a Path, which need not exist, but which the system takes and the user may look into."""
     path = Path(text).expanduser()
@@ -111,6 +156,14 @@ def usable_path(text):
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used ({getattr(error, 'strerror', error)}): name "
                                          "another path") from None
+    return path
+
+
+def usable_folder(text):
+    """The same of a folder."""
+    path = usable_path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file: name a folder")
     return path
 
 
@@ -190,12 +243,12 @@ def write_config(folder, settings, facts, plugin=None):
 def make_flags(settings, plugin=None):
     """The flags of train.py that repeat a run with these settings and the plugin of this path."""
     flags = []
-    for name, value in (settings | dict(plugin=plugin and shlex.quote(str(plugin)))).items():
+    for name, value in (settings | dict(plugin=plugin)).items():
         name = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            flags.append(f"--{name} {value}")
+            flags.append(f"--{name} {shlex.quote(str(value))}")
     return flags
 
 
@@ -280,8 +333,12 @@ def read_text(path):
     return with_plain_ends(path.read_bytes()).decode()
 
 
+def is_finite(value):
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
 def check_finite(values, what):
-    check(all(type(value) in (int, float) and abs(value) < 1e30 for value in values), f"{what} is not a finite number")
+    check(all(map(is_finite, values)), f"{what} is not a finite number")
 
 
 def check_shares(values, what):
@@ -299,13 +356,22 @@ def read_checkpoint(path):
 
 
 def check_settings(settings):
-    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. What is younger than
-    the record gets the value that it had then."""
+    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. A setting that is
+    younger than the record gets the value that it had then."""
     settings.setdefault("brightness", 0.0)
     for name in ("model", "dataset"):
-        check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} is not a name")  # charts' files have it
+        check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} {settings[name]!r} is not a name of letters, "
+              "digits and . + - _, of which the first is a letter or digit")  # as charts' files have it
     check(type(settings["seed"]) is int, "seed is not a whole number")
     check(type(settings["epochs"]) is int, "epochs is not a whole number")
+
+
+def check_recordable(settings):
+    """Raise a UserError unless a record of these settings can be read again."""
+    try:
+        check_settings(settings)
+    except ValueError as error:
+        raise UserError(f"{error}: rename it") from None
 
 
 def check_summary(summary):
@@ -444,7 +510,7 @@ def response_of(rows):
 
 
 # metrics: {column: list}. noise, attention, response and maps are as their readers return them, None where the run was
-# not analysed; a run in tables has no maps, and its folder, DIR/NAME, does not exist. amounts: those of the corruptions.
+# not analysed; amounts: those of the corruptions. A run in tables has no maps, and its folder DIR/NAME does not exist.
 Run = namedtuple("Run", "folder settings facts metrics summary noise attention response amounts maps")
 
 
@@ -577,8 +643,8 @@ def read_table(folder, name, sums):
             content = path.read_bytes()
             if sha256(content) == sums[name]:
                 return content.decode()
-    raise UserError(f"{folder / name} is {'not what ' + SUMS + ' says' if found else 'missing'}: put the original back, "
-                    f"or move the tables and {SUMS} away")
+    problem = f"not what {SUMS} says" if found else "missing"
+    raise UserError(f"{folder / name} is {problem}: put the original back, or move the tables and {SUMS} away")
 
 
 # A row of runs.csv: the run's name, the flags that repeat it, and what its config.json and its summary.json hold.
@@ -703,12 +769,14 @@ def stage_tables(folder, runs):
     order = sorted(rows, key=lambda name: [rows[name].settings[key] for key in ("dataset", "model", "seed")])
     texts = {"runs.csv": format_rows([rows[name] for name in order])}
     for table in TABLES[1:]:
-        groups = group_by_run(folder / table, read_table(folder, table, old_sums), rows.keys(), str) if (
-            table in old_sums) else {}
+        groups = {}
+        if table in old_sums:
+            groups = group_by_run(folder / table, read_table(folder, table, old_sums), rows.keys(), str)
         for run in runs:
+            path = run.folder / table
             groups.pop(run.folder.name, None)
-            if (run.folder / table).exists():
-                groups[run.folder.name] = parse_csv(read_text(run.folder / table), lambda cell: to_cell(from_cell(cell)))
+            if path.exists():
+                groups[run.folder.name] = parse_csv(read_text(path), lambda cell: to_cell(from_cell(cell)))
         if groups:
             texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
     for table, text in texts.items():
@@ -811,8 +879,8 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
         folder = run_folder(runs_dir, settings | dict(seed=seed))
         if overwrite:
             if folder.name in read_rows(folder.parent):
-                raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not change: "
-                                "give another --runs-dir")
+                raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not "
+                                "change: give another --runs-dir")
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
             stack = read_stack(folder) if (folder / "config.json").exists() else []
@@ -823,6 +891,28 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
             fresh += [] if stack else [seed]
     fresh = [seed for seed in fresh if not any(seed in stack for stack in interrupted)]
     return interrupted + [fresh[i:i + size] for i in range(0, len(fresh), size)]
+
+
+def claim_stacks(locks, runs_dir, settings, seeds, size, overwrite):
+    """What find_stacks returns, once the folders are locked, for as long as the ExitStack `locks` is open, and what
+    `overwrite` gives up is deleted."""
+    request = runs_dir, settings, seeds, size, overwrite
+    for folder in [run_folder(runs_dir, settings | dict(seed=seed)) for part in find_stacks(*request) for seed in part]:
+        locks.enter_context(locked(folder))
+        for name in FILES if overwrite else []:
+            (folder / name).unlink(missing_ok=True)
+    return find_stacks(*request)  # another process may have changed them before they were locked
+
+
+def read_threads(folder):
+    """How many threads an interrupted run was begun with, or None where there is none to resume or it does not say."""
+    if not (folder / "last.pt").exists():
+        return None
+    _, facts = read_config(folder)
+    with reading(folder / "config.json"):
+        threads = facts.get("threads")
+        check(threads is None or type(threads) is int and threads > 0, "threads is not a number")
+        return threads
 
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of some network file systems
@@ -945,16 +1035,19 @@ def git_commit():
 
 # The command.
 
-def main(argv=None):
-    """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+def parse_flags(argv):
     parser = Parser(prog="records.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["gather"], help="move finished runs into the tables of their folder, whole "
                                                             "or not at all; their weights and maps are deleted")
-    parser.add_argument("folder", type=usable_path, metavar="FOLDER", help="the folder that the runs lie in")
+    parser.add_argument("folder", type=usable_folder, metavar="FOLDER", help="the folder that the runs lie in")
     parser.add_argument("--keep-seed", nargs="+", type=int, default=[], metavar="N", dest="keep_seeds",
                         help="leave the runs of these seeds as folders, with weights and maps")
-    args = parser.parse_args(argv)
-    return exit_status("records.py", gather, args.folder, args.keep_seeds)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    return exit_status("records.py", parse_flags, lambda args: gather(args.folder, args.keep_seeds), argv)
 
 
 if __name__ == "__main__":

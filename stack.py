@@ -12,6 +12,7 @@ torch.vmap calls one model with each row's weights, all rows at once; the optimi
 A single model is a stack of one, for which vmap is left out, and nothing that uses a stack asks how many it holds.
 """
 
+import contextlib
 import functools
 import os
 import shutil
@@ -70,7 +71,7 @@ class StackedModel(nn.Module):
 
 
 def group_parameters(model):
-    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}, in this order.
+    """The trained parameters by how they are trained: {"matrices": {name: shape}, "rest": {name: shape}}, so ordered.
 
     Muon and weight decay are for the matrices; the rest are norms, biases, tokens and lambda.
     """
@@ -144,8 +145,13 @@ def find_obstacle(models, images, amp):
 
 # Compiled and captured.
 
-def is_compiled(choice, stack_steps, device):
+def is_compiled(choice, stack_steps, device, amp):
     """Whether --compile, with auto decided, asks for compilation; stack_steps: training steps times seeds."""
+    if device.type == "cuda":
+        possible = machine.world_size() == 1 and amp != "float16"
+        if choice == "yes" and not possible:
+            machine.say("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler")
+        return choice == "yes" and possible
     if choice != "auto" or device.type != "cpu":
         return choice == "yes"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -157,20 +163,17 @@ def accelerate(step, net, optimizer, images, amp, required):
     on a CPU `net` is compiled, on CUDA the step is captured. None, after a line that says why, where that cannot be.
 
     Raises:
-        UserError: if compiling fails and is `required`.
+        UserError: if compiling fails and is `required`, or capturing does.
     """
-    if images.device.type != "cuda":
-        compiled = compile_model(net, images, amp, required)
-        return None if compiled is None else functools.partial(step, compiled)
-    if machine.world_size() > 1 or amp == "float16":
-        print("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler",
-              flush=True)
-        return None
-    return capture(functools.partial(step, net), optimizer)
+    if images.device.type == "cuda":
+        return capture(functools.partial(step, net), optimizer)
+    compiled = compile_model(net, images, amp, required)
+    return None if compiled is None else functools.partial(step, compiled)
 
 
 def compile_model(net, images, amp, required):
     """The net compiled for images of this shape, tried forward and backward; None where that fails."""
+    machine.say("compiling, which takes up to two minutes on a slow machine the first time")
     compiled, template = torch.compile(net, dynamic=False), net.template
     buffers = {name: buffer.clone() for name, buffer in template.named_buffers()}
     try:
@@ -181,20 +184,25 @@ def compile_model(net, images, amp, required):
         problem = f"--compile does not work here ({records.first_line(error)}): it needs a C++ compiler such as g++"
         if required:
             raise UserError(f"{problem}; leave it out") from None
-        print(f"{problem}; training goes on without", flush=True)
+        machine.say(f"{problem}; training goes on without")
         return None
     net.zero_grad()
     template.load_state_dict(buffers, strict=False)  # which the trial may have changed
     return compiled
 
 
+@functools.cache  # torch keeps a workspace for each stream that products were started on
+def capture_stream():
+    return torch.cuda.Stream()
+
+
 def capture(step, optimizer):
-    """The step as one CUDA graph, captured at the fourth batch. The first three run as they are, on a stream of their
-    own: what is allocated when first needed must exist before the capture. All batches have the same shape."""
+    """The step as one CUDA graph, captured at the fourth batch. The first three run as they are, on the stream of the
+    capture: what is allocated when first needed must exist before it. All batches have the same shape."""
     for group in optimizer.param_groups:
         group["capturable"] = True  # without which AdamW refuses to be captured
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")  # in those three
-    stream, graph, inputs, outputs, batches = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None, None, 0
+    stream, graph, inputs, outputs, batches = capture_stream(), torch.cuda.CUDAGraph(), None, None, 0
 
     def run(images, labels, share):
         nonlocal inputs, outputs, batches
@@ -207,7 +215,7 @@ def capture(step, optimizer):
             return results
         if inputs is None:
             inputs = images.clone(), labels.clone()
-            with torch.cuda.graph(graph, stream=stream):
+            with refusing_capture(), torch.cuda.graph(graph, stream=stream):
                 outputs = step(*inputs, share)
         inputs[0].copy_(images)
         inputs[1].copy_(labels)
@@ -215,3 +223,16 @@ def capture(step, optimizer):
         return outputs
 
     return run
+
+
+@contextlib.contextmanager
+def refusing_capture():
+    """A block that captures a step which has run before: what fails is what a CUDA graph cannot do."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__context__ or error  # to end a capture that has failed is an error, too
+        if machine.is_out_of_memory(cause):
+            raise
+        raise UserError(f"the training step cannot be captured ({records.first_line(cause)}): give --compile no"
+                        ) from None

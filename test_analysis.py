@@ -14,7 +14,7 @@ import analysis
 import data
 import records
 from data import Split
-from test_data import cut, mnist
+from test_data import HERE, cut, mnist, original
 from test_models import randomize
 from test_train import (SMALL, TINY, Misshapen, assert_one_line, column, command, copy_run, finished, launch,
                         loss_by_hand, read_json, run_plugin, settings_for, small, table)
@@ -382,3 +382,20 @@ def test_plugin_as_a_user_has_it(tmp_path, monkeypatch, capsys):
         kept.write_text(content) if content else kept.unlink()
         assert run_analysis(folder) == 2
         assert_one_line(capsys, folder, "no copy lies in")
+
+
+def test_reference_weights(tmp_path, monkeypatch, capsys):
+    """The weights of a reference run give its test figures again, and what it attends to on clean images."""
+    monkeypatch.setattr(data, "load_splits", lambda name, *_: original(name))
+    monkeypatch.setattr(data, "CORRUPTIONS", {
+        name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "distractors")})
+    recorded, folder = HERE / "runs/reference/mnist-vitdiff-seed0", tmp_path / "mnist-vitdiff-seed0"
+    shutil.copytree(recorded, folder)
+    assert command(folder, "--device", "cpu", "--data-dir", HERE / "data", main=analysis.main) == 0
+    again, before = ([float(word.rstrip("%")) for word in line.split() if word[0].isdigit()]
+                     for line in capsys.readouterr().out.splitlines() if "test loss" in line)
+    assert again == [pytest.approx(before[0], abs=1e-4), pytest.approx(before[1], abs=0.02)]
+    found, expected = (records.read_run(place).attention["clean"] for place in (folder, recorded))
+    for block, figures in expected.items():
+        figures.pop("signal_to_noise"), found[block].pop("signal_to_noise")  # a ratio of two of the others
+        assert found[block] == pytest.approx(figures, abs=1e-3)

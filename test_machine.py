@@ -1,62 +1,152 @@
-"""Claims about where the program runs: device and precision, busy cores, the processes of torchrun."""
+"""Claims about where the program runs: device and precision, threads, the terminal, the processes of torchrun."""
 
+import datetime
+import fcntl
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import machine
 import records
 from test_data import CPU
-from test_train import SMALL, TINY, assert_one_line, column, command, launch, run_plugin, small, untimed
+from test_train import (SMALL, TINY, assert_one_line, assert_same_run, column, command, end_at, launch, read_json,
+                        run_plugin, small, untimed)
 
 pytestmark = pytest.mark.usefixtures("small")
 
 
-def test_cuda_device_is_made_current(monkeypatch):
-    """--device cuda:1 makes that card the current one."""
+@pytest.mark.parametrize("name, expected, line", [
+    ("cuda:1", "cuda:1", ""), ("auto", "cuda:0", ""), ("auto", "cpu", "cuda cannot be used (no kernel image): cpu is"),
+    ("cuda", None, "--device cuda is not available (no kernel image): try --device auto")])
+def test_cuda_device(monkeypatch, capsys, name, expected, line):
+    """The card that is asked for becomes the current one. One that torch cannot use gives way to the next device where
+    none was named, and a line says so; where it was named, that is an error."""
     current, zeros = [], torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+
+    def make(*sizes, device):
+        if line and device.type == "cuda":
+            raise RuntimeError("no kernel image\nCompile with TORCH_USE_CUDA_DSA")
+        return zeros(*sizes)
+
+    monkeypatch.setattr(torch, "zeros", make)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    assert machine.pick_device("cuda:1") == torch.device("cuda:1") == current[0]
+    if expected:
+        assert machine.pick_device(name) == torch.device(expected) and len(current) == expected.startswith("cuda")
+    else:
+        with pytest.raises(records.UserError) as error:
+            machine.pick_device(name)
+        assert str(error.value) == line
+    assert_one_line(capsys, line) if expected and line else None
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # before any product
 
 
-def test_precision(monkeypatch):
-    """--amp auto is bfloat16 on a card that has it, float16 on another, and off on a CPU."""
+@pytest.mark.parametrize("has_bfloat16, expected", [(True, "bfloat16"), (False, "off")])
+def test_precision(monkeypatch, has_bfloat16, expected):
+    """--amp auto is bfloat16 on a card that computes in it, and float32 on another and on a CPU."""
     assert machine.resolve_amp("auto", CPU) == "off" and machine.resolve_amp("float16", CPU) == "float16"
-    for has_bfloat16, expected in [(True, "bfloat16"), (False, "float16")]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-        assert machine.resolve_amp("auto", torch.device("cuda")) == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert machine.resolve_amp("auto", torch.device("cuda")) == expected
 
 
-WARN_IF_BUSY = machine.warn_if_busy  # as it is outside of these tests
+# Threads.
+
+@pytest.fixture
+def threads():
+    """torch as if it had four threads by default, and no variable that says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        torch.set_num_threads(4)
+        yield patch
+        torch.set_num_threads(1)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
-def test_busy_cores(monkeypatch, capsys):
-    """A core that another process keeps busy is not idle; when fewer are idle than threads are used, a line says so."""
-    monkeypatch.setattr(torch, "get_num_threads", os.cpu_count)
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
-                          stdout=subprocess.PIPE) as process:
+def test_busy_cores():
+    """A core that another process keeps busy is not idle."""
+    core = min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", "import os\nos.sched_setaffinity(0, [{core}])\nprint(flush=True)\n"
+                           "while True: pass".format(core=core)], stdout=subprocess.PIPE) as process:
         process.stdout.read(1)
         idle = machine.idle_cores()
         process.kill()
-    assert 0 <= idle < os.cpu_count() - 0.4
-    monkeypatch.setattr(machine, "idle_cores", lambda: idle)
-    WARN_IF_BUSY(torch.device("cuda"))
-    WARN_IF_BUSY(CPU)
-    if os.cpu_count() > 1 and idle < os.cpu_count() - 0.5:
-        assert_one_line(capsys, f"{idle:.1f} idle", "OMP_NUM_THREADS=1")
-    for cores in (None, os.cpu_count()):
-        monkeypatch.setattr(machine, "idle_cores", lambda: cores)
-        WARN_IF_BUSY(CPU)
+    assert 0 <= idle < len(os.sched_getaffinity(0)) - 0.8
+
+
+@pytest.mark.parametrize("idle, variable, flag, device, expected", [
+    (3.8, None, None, "cpu", 4), (2.4, None, None, "cpu", 2), (0.1, None, None, "cpu", 1), (None, None, None, "cpu", 4),
+    (0.1, "4", None, "cpu", 4), (0.1, None, 3, "cpu", 3), (0.1, None, None, "cuda", 4)])
+def test_threads(threads, capsys, idle, variable, flag, device, expected):
+    """On a CPU there are as many threads as idle cores, and a line says so where they are fewer than torch's own;
+    --threads and OMP_NUM_THREADS decide where given."""
+    threads.setattr(machine, "idle_cores", lambda: idle)
+    if variable:
+        threads.setenv("OMP_NUM_THREADS", variable)
+    assert machine.take_threads(flag, torch.device(device)) == torch.get_num_threads() == expected
+    if expected < 4 and not flag:
+        assert_one_line(capsys, f"{expected} of 4 threads", f"{idle} cores idle", "--threads")
     assert capsys.readouterr().err == ""
+
+
+def test_threads_of_a_resumed_run(threads, tmp_path):
+    """A run is resumed with the threads that it began with, however many cores are idle by then, unless --threads says
+    otherwise; others beside it have as many as there are idle cores."""
+    used, flags = [], [*TINY, "--epochs", "2", "--runs-dir", tmp_path]
+    threads.setattr(machine, "idle_cores", lambda: 3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        end_at(patch, epoch=2)
+        for seed in ("0", "1"):
+            assert command(*flags, "--seed", seed) == 130
+    threads.setattr(machine, "idle_cores", lambda: 2.0)
+    draw_epoch = data.draw_epoch
+    threads.setattr(data, "draw_epoch", lambda *arguments: (
+        used.append(torch.get_num_threads()) or draw_epoch(*arguments)))
+    for more in (["--seed", "0", "2", "--stack", "1"], ["--seed", "1", "--threads", "1"]):
+        torch.set_num_threads(4)
+        assert command(*flags, *more) == 0
+    facts = [read_json(tmp_path / f"mnist-vitdiff-seed{seed}/config.json")["facts"] for seed in range(3)]
+    assert used == [3, 2, 2, 1] and [fact["threads"] for fact in facts] == [3, 3, 2]
+
+
+# The terminal.
+
+def test_closed_terminal(tmp_path, monkeypatch):
+    """A training outlives the terminal that it was started in, progress bar and all, and so does its record."""
+    plugin = run_plugin(tmp_path, monkeypatch, SMALL)
+    flags = [*TINY, "--epochs", "3", "--plugin", plugin, "--runs-dir", tmp_path]
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(Path(__file__).parent)
+        os.execve(sys.executable, [sys.executable, "train.py", *map(str, flags)], os.environ | dict(OMP_NUM_THREADS="1"))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    said = b""
+    while b" epoch 1/3 " not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitpid(process, 0)[1] == 0 and b"steps" in said
+    assert command(*flags, "--plugin", plugin, "--runs-dir", tmp_path / "other") == 0
+    assert_same_run(tmp_path / "mnist-vitdiff-seed0", tmp_path / "other/mnist-vitdiff-seed0")
+
+
+# Processes.
+
+def test_the_first_process_may_be_slow(monkeypatch):
+    """The other processes wait for hours while the first analyses alone."""
+    found = {}
+    monkeypatch.setattr(machine, "started_by_torchrun", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: found.update(options))
+    machine.connect_ranks(CPU)
+    assert found["timeout"] > datetime.timedelta(hours=6)
 
 
 def test_two_processes(tmp_path, monkeypatch):

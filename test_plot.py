@@ -4,7 +4,6 @@
 """
 
 import csv
-import io
 import itertools
 import json
 import math
@@ -702,16 +701,7 @@ def test_a_screen(tmp_path, datasets, models):
 
 
 def test_printing_costs_no_chart(tmp_path):
-    """A closed pipe, a full disk, a closed stream or one of another encoding end the printing alone."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    latin = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    plot.say("no stream", None)
-    for stream in (open(writer, "w"), open("/dev/full", "w"), latin):
-        plot.say("vité ±", stream)
-        assert stream is not latin or stream.buffer.getvalue() == b"vit? ?\n"
-        stream.close()  # flushes what is left
-        plot.say("closed", stream)
+    """A closed pipe ends the printing alone."""
     record(tmp_path, epochs=2)
     process = subprocess.run(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' plot.py '{tmp_path}' | head -n 0"],
                              cwd=HERE, capture_output=True, text=True)

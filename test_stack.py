@@ -172,7 +172,7 @@ def test_default_size():
                                     ("clutteredmnist", ["--patch-size", "12"], True), ("clutteredmnist", [], False)]:
         args = train.parse_flags([*flags, "--dataset", dataset, "--model", "vit"])
         (experiment,) = train.plan_experiments(args, CPU, None)
-        assert experiment.stack_size == (sys.maxsize if stacked else 1)
+        assert (sys.maxsize if stacked else 1) in experiment.request
         tokens = analysis.make_model(experiment.settings).pos_embed.shape[1]
         assert stacked == (tokens <= stack.STACKED_TOKENS)
         assert stack.default_size(tokens, torch.device("cuda")) == sys.maxsize
@@ -201,7 +201,7 @@ def test_seeds_that_cannot_be_stacked(tmp_path, capsys, monkeypatch):
         args = train.parse_flags([*TINY, "--seed", "0", "1", "2", "--model", model, *flags, "--runs-dir",
                                   str(tmp_path)])
         (experiment,) = train.plan_experiments(args, CPU, None)
-        assert train.unfinished_stacks(experiment, args) == expected
+        assert records.find_stacks(*experiment.request) == expected
         out = capsys.readouterr().out
         assert why in out and ("one after the other" in out) == bool(why)
 
@@ -224,8 +224,8 @@ def test_when_to_compile(tmp_path, monkeypatch):
         assert command(*TINY, *flags, "--runs-dir", tmp_path / str(number)) == 130
         facts = [read_json(path)["facts"] for path in (tmp_path / str(number)).glob("*/config.json")]
         assert {fact["compiled"] for fact in facts} == {expected}
-    assert stack.is_compiled("auto", 10**9, torch.device("cuda")) is False  # until it is measured
-    assert stack.is_compiled("yes", 1, torch.device("cuda")) is True
+    assert stack.is_compiled("auto", 10**9, torch.device("cuda"), "off") is False  # until it is measured
+    assert stack.is_compiled("yes", 1, torch.device("cuda"), "off") is True
 
 
 @pytest.mark.parametrize("model, backend", [("vit", "inductor"), ("vitbuffered", "eager")])
@@ -308,6 +308,7 @@ def test_capture(monkeypatch):
             kernel()
         return losses, correct
 
+    stack.capture_stream.cache_clear()
     optimizer = torch.optim.AdamW([torch.zeros(1)])
     run = stack.capture(step, optimizer)
     assert optimizer.param_groups[0]["capturable"]
@@ -317,6 +318,7 @@ def test_capture(monkeypatch):
         torch.testing.assert_close(losses, images.mean(1))
         assert torch.equal(correct, labels.sum(1))
     assert len(calls) == 4
+    stack.capture_stream.cache_clear()
 
 
 # On CUDA.

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -78,7 +79,6 @@ def small():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_splits", load_splits)
-        patch.setattr(machine, "warn_if_busy", lambda device: None)
         yield
 
 
@@ -438,14 +438,14 @@ def test_best_weights_are_tested_once(tmp_path, monkeypatch):
     """When validation losses fall and rise, with Ctrl-C in between, the weights of the lowest are tested, once."""
     val_losses, tested, load_splits = iter([0.9, 0.5, KeyboardInterrupt, 0.7]), [], data.load_splits
 
-    def evaluate(model, split, settings):
+    def evaluate(models, split, settings):
         if len(split.labels) == 2_000:
             loss = next(val_losses)
             if loss is KeyboardInterrupt:
                 raise loss
-            return loss, 0.5
-        tested.append({name: weights.clone() for name, weights in model.state_dict().items()})
-        return 0.6, 0.4
+            return [(loss, 0.5)]
+        tested.append({name: weights.clone() for name, weights in models[0].state_dict().items()})
+        return [(0.6, 0.4)]
 
     monkeypatch.setattr(data, "load_splits", lambda *arguments: {
         **load_splits(*arguments), "val": cut(load_splits(*arguments)["val"], 2_000)})
@@ -473,8 +473,9 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1"], os.replace
     few_images(monkeypatch, 201)
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
-    plan = train.plan_experiments(train.parse_flags(list(map(str, flags))), CPU, None)
-    monkeypatch.setattr(train, "plan_experiments", lambda *arguments: plan)  # which is the same each time
+    (plan,) = train.plan_experiments(train.parse_flags(flags), CPU, None)
+    monkeypatch.setattr(train, "plan_experiments", lambda args, *others: [  # which is the same each time
+        plan._replace(request=(args.runs_dir, *plan.request[1:]))])
 
     def replace_or_end(source, target):
         if not next(countdown):
@@ -599,7 +600,7 @@ def test_a_run_is_finished_when_it_is_analysed(tmp_path, monkeypatch):
              "--distractors", "3", "--analysis", "--runs-dir", tmp_path]
     folder = tmp_path / "clutteredmnist-vitdiffv2-seed0"
     few_images(monkeypatch, 300)
-    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "blur")})
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "contrast")})
     with monkeypatch.context() as patch:
         patch.setattr(analysis, "measure_attention", interrupt)
         assert command(*flags) == 130
@@ -886,3 +887,28 @@ def test_a_changed_plugin(tmp_path, monkeypatch, capsys):
     assert command(*again) == 0
     assert command(*again, "--overwrite") == 0
     assert records.find_run_plugin(folder, records.read_config(folder)[0]["plugin"]).read_text() == ""
+
+
+def test_an_attention_of_ones_own(tmp_path):
+    """The README's own lines, in a file of their own, train a new model and draw it in front of the reference."""
+    code = next(code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                if "MODELS[" in code)
+    assert len(code.strip().splitlines()) <= 12
+    (tmp_path / "my_attention.py").write_text(code)
+    runs = tmp_path / "runs"
+    shutil.copytree(HERE / "runs/reference", runs / "reference",
+                    ignore=shutil.ignore_patterns("*.png", "cluttered*-seed*"))
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                              check=True).stdout
+
+    run("train.py", "--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", "--seed", "0", "1", *TINY,
+        "--epochs", "1", "--runs-dir", runs)
+    settings, _ = records.read_config(runs / "mnist-vitcosine-seed1")
+    assert records.find_run_plugin(runs / "mnist-vitcosine-seed1", settings["plugin"]).read_text() == code
+    (row,) = re.findall(r"^ *vitcosine.*$", run("plot.py", runs, "--out", tmp_path / "charts"), re.MULTILINE)
+    mean = statistics.fmean(records.read_summary(runs / f"mnist-vitcosine-seed{seed}")["test_accuracy"]
+                            for seed in (0, 1))
+    assert f"{mean:.2%}" in row
+    assert (tmp_path / "charts/mnist-val-loss.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -41,9 +42,8 @@ def by_dataset(flag):
     """The default of a flag that depends on the data set, for --help: the most common one, then the exceptions."""
     names = {}
     for name, row in data.DATASETS.items():
-        if "load" in row:  # a plugin's, of an earlier command in this process
-            continue
-        names.setdefault(row["defaults"][flag], []).append(name)
+        if "load" not in row:  # a plugin's, of an earlier command in this process
+            names.setdefault(row["defaults"][flag], []).append(name)
     (common, _), *exceptions = sorted(names.items(), key=lambda item: -len(item[1]))
     parts = [str(common), *(f"{value} for {', '.join(few)}" for value, few in exceptions)]
     return f"(default: {'; '.join(parts)})"
@@ -54,27 +54,21 @@ def make_parser(prog="train.py", description=__doc__):
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@", allow_abbrev=False,
         epilog="@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.")
-
-    def number(metavar, kind, what, is_right):
-        return dict(metavar=metavar, type=records.number(kind, what, is_right))
-
-    size = number("N", int, "a whole number from 1 to 1000000", lambda value: 1 <= value <= 10**6)
-    count = number("N", int, "a whole number from 0 to 1000000", lambda value: 0 <= value <= 10**6)
-    seed = number("N", int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
-    rate = number("X", float, "a number of at least 0", lambda value: 0 <= value < math.inf)
-    share = number("X", float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-    probability = number("X", float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+    size, count, seed = records.whole_number(1), records.whole_number(0), records.whole_number(0, 2**32 - 1)
+    rate = records.real_number("of at least 0", lambda value: 0 <= value < math.inf)
+    share = records.real_number("from 0 to 1", lambda value: 0 <= value <= 1)
+    probability = records.real_number("of at least 0 and below 1", lambda value: 0 <= value < 1)
     names = dict(nargs="+", metavar="NAME")
 
     add = parser.add_argument_group("what to train: every combination of").add_argument
-    add("--model", **names, default=["vitdiff"], help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all "
-        "for every row (default: vitdiff)")
-    add("--dataset", **names, default=["mnist"], help=f"{', '.join(data.DATASETS)} or one's own, a row that "
-        "a plugin adds to DATASETS (default: mnist)")
+    add("--model", **names, default=["vitdiff"],
+        help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
+    add("--dataset", **names, default=["mnist"],
+        help=f"{', '.join(data.DATASETS)} or one's own, a row that a plugin adds to DATASETS (default: mnist)")
     add("--seed", **seed, nargs="+", default=[0],
         help="of the initial weights, batch order, augmentation and dropout (default: 0)")
     add("--distractors", **count, help="fragments of other images on each canvas of a cluttered data set (default: 4)")
-    add("--plugin", type=Path, metavar="FILE",
+    add("--plugin", type=records.usable_path, metavar="FILE",
         help="a Python file to execute first: it may add rows to MODELS and DATASETS or change anything else")
 
     add = parser.add_argument_group("sizes; the model's own where left out").add_argument
@@ -93,10 +87,9 @@ def make_parser(prog="train.py", description=__doc__):
     add("--lr", **rate, help=f"peak learning rate of AdamW {by_dataset('lr')}")
     add("--muon-lr", **rate, help=f"peak learning rate of Muon {by_dataset('muon_lr')}")
     add("--weight-decay", **rate, help=f"decoupled; not on norms, biases, tokens, lambda {by_dataset('weight_decay')}")
-    add("--warmup", **share, default=0.05,
-        help="share of the steps in which the learning rate rises (default: %(default)s)")
+    add("--warmup", **share, default=0.05, help="share of the steps in which the rates rise (default: %(default)s)")
     add("--decay", **share, default=1.0,
-        help="share of the steps in which it falls to 0 at the end (default: %(default)s)")
+        help="share of the steps in which they fall to 0 at the end (default: %(default)s)")
     add("--clip", **rate, default=1.0, help="maximum gradient norm; 0 disables clipping (default: %(default)s)")
     add("--label-smoothing", **probability, default=0.1,
         help="in every loss, validation and test too (default: %(default)s)")
@@ -117,15 +110,15 @@ def make_parser(prog="train.py", description=__doc__):
     group = parser.add_argument_group("where and how")
     analysis.add_place_flags(group)
     add = group.add_argument
-    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR",
+    add("--runs-dir", type=records.usable_folder, default=Path("runs"), metavar="DIR",
         help="where the runs' folders are (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where a run exists")
     add("--analysis", action=argparse.BooleanOptionalAction, default=True,
         help=f"after the test, write {', '.join(records.ANALYSIS)}: what the model does under noise and attends to "
              "(default: yes)")
     add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
-        help="precision of the forward pass; auto is, on CUDA, bfloat16 where the card has it, else float16, and off "
-             "elsewhere (default: %(default)s)")
+        help="precision of the forward pass; auto is bfloat16 on a CUDA card that computes in it, off elsewhere "
+             "(default: %(default)s)")
     add("--compile", choices=["auto", "yes", "no"], default="auto",
         help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on a CPU with a C++ "
              f"compiler for {stack.COMPILED_STEPS:,} training steps or more, those of seeds side by side added up "
@@ -135,25 +128,22 @@ def make_parser(prog="train.py", description=__doc__):
     return parser
 
 
-def parse_flags(argv=None, parser=None):
+def parse_flags(argv=None):
     """The command line's flags; a wrong one exits with status 2."""
-    parser = parser or make_parser()
-    try:
-        return parser.parse_args(argv)
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        parser.error(f"an @file does not hold flags ({error}): write one flag and its values a line")
+    return make_parser().parse_args(argv)
 
 
 def check_flags(args):
-    """Raise a UserError for flags that contradict each other, the data set or what exists on disk."""
+    """Raise a UserError for flags that contradict each other or the data set."""
     for name in args.model:
         records.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
     for name in args.dataset:
         records.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
         data.complete_row(name, args.data_dir)
-        if args.batch_size and args.batch_size > training_size(name):
-            raise UserError(f"argument --batch-size: {args.batch_size} is more than the {training_size(name)} training "
-                            f"images of {name}: choose a smaller one")
+        count = data.training_size(name)
+        if args.batch_size and args.batch_size > count:
+            raise UserError(f"argument --batch-size: {args.batch_size} is more than the {count} training images of "
+                            f"{name}: choose a smaller one")
         if args.distractors and not data.is_cluttered(name):
             raise UserError(f"argument --distractors: {name} has none: choose "
                             f"{' or '.join(filter(data.is_cluttered, data.DATASETS))}")
@@ -161,9 +151,6 @@ def check_flags(args):
     if args.no_augment and given:
         raise UserError(f"argument --no-augment: contradicts --{given[0]}: leave one of them out, or set the strengths "
                         "one by one")
-    for flag, path in [("--data-dir", args.data_dir), ("--runs-dir", args.runs_dir)]:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"argument {flag}: {path} is a file: name a folder")
 
 
 def resolve_settings(args, model, dataset, seed, device, plugin=None):
@@ -280,13 +267,14 @@ def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
     shares = torch.tensor([len(batch) / count for batch in torch.arange(count).split(settings["batch_size"])],
                           dtype=torch.double)
     models = [analysis.make_model(settings).to(splits["val"].labels.device) for _ in runs.seeds]
-    for i, model in enumerate(models):
+    for i, (folder, model) in enumerate(zip(runs.folders, models)):
+        check_finite(folder, "loss", losses[i].tolist(), f"epoch {epoch}, step {{}} of {len(shares)}")
         model.load_state_dict(runs.net.model_state(i))
     figures = zip(analysis.evaluate(models, splits["val"], settings),
                   analysis.measure_lambdas(models, splits["val"], settings))
     for i, (folder, ((val_loss, val_accuracy), lambdas)) in enumerate(zip(runs.folders, figures)):
-        check_finite(folder, epoch, losses[i])
-        check_finite(folder, epoch, torch.tensor([val_loss]))
+        for what, values in [("loss", [val_loss]), ("mean lambda", lambdas)]:
+            check_finite(folder, what, values, f"epoch {epoch}, validation")
         if val_loss < runs.best[i]["val_loss"]:
             runs.best[i] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
             records.write_checkpoint(folder / "best.pt", models[i].state_dict())
@@ -304,13 +292,12 @@ def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
         print_epoch(folder, settings, rows[-1])
 
 
-def check_finite(folder, epoch, losses):
-    """Stop the run if a loss is infinite or not a number; losses: those of the epoch's steps, or of validation."""
-    wrong = (~losses.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        where = f"step {wrong[0] + 1} of {len(losses)}" if len(losses) > 1 else "validation"
-        raise UserError(f"{folder}: the loss is {losses[wrong[0]].item()} at epoch {epoch}, {where}; the record and "
-                        "checkpoints of the epochs before are kept: give a lower --lr or --muon-lr, and --overwrite")
+def check_finite(folder, what, values, where):
+    """Stop the run at a value that its record cannot hold; `where` may have a place for its number."""
+    for number, value in enumerate(values, 1):
+        if not records.is_finite(value):
+            raise UserError(f"{folder}: the {what} is {value} at {where.format(number)}; the record and checkpoints of "
+                            "the epochs before are kept: give a lower --lr or --muon-lr, and --overwrite")
 
 
 def print_epoch(folder, settings, row):
@@ -323,12 +310,9 @@ def print_epoch(folder, settings, row):
 
 # The runs.
 
-# Runs that differ in their seed alone: the settings are those of the first of `seeds`.
-Experiment = namedtuple("Experiment", "settings facts seeds stack_size")
-
-
-def training_size(dataset):
-    return data.DATASETS[dataset]["sizes"][0] - data.validation_size(dataset)
+# Runs that differ in their seed alone: the settings are those of the first of `seeds`; request: the arguments of
+# records.find_stacks, which says which of them are still to be trained.
+Experiment = namedtuple("Experiment", "settings facts seeds request")
 
 
 def plan_experiments(args, device, plugin):
@@ -339,38 +323,27 @@ def plan_experiments(args, device, plugin):
     seeds, experiments = list(dict.fromkeys(args.seed)), []
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device, plugin)
+        records.check_recordable(settings)
         facts = analysis.measure_model(settings, with_maps=args.analysis)
-        tokens = (data.DATASETS[dataset]["image_size"] // settings["patch_size"]) ** 2 + 1
-        size = args.stack or stack.default_size(tokens, device)
-        obstacle = stacking_obstacle(settings) if min(size, len(seeds)) > 1 else None
-        if obstacle:
-            print(f"{model}: seeds are trained one after the other ({obstacle})", flush=True)
-        experiments.append(Experiment(settings, facts | where, seeds, 1 if obstacle else size))
+        analysis.check_lambdas(settings, device)
+        size = choose_stack_size(settings, args.stack, len(seeds), device)
+        experiments.append(Experiment(settings, facts | where, seeds,
+                                      (args.runs_dir, settings, seeds, size, args.overwrite)))
     return experiments
 
 
-def stacking_obstacle(settings):
-    """Why seeds of this model cannot be trained side by side, or None where they can."""
-    with torch.device("meta"):
-        models, images = [analysis.make_model(settings) for _ in range(2)], analysis.empty_images(settings, 2, 1)
-        return stack.find_obstacle(models, images, settings["amp"])
-
-
-def unfinished_stacks(experiment, args):
-    return records.find_stacks(args.runs_dir, experiment.settings, experiment.seeds, experiment.stack_size,
-                               args.overwrite)
-
-
-def claim_stacks(experiment, args, locks):
-    """The stacks of an experiment that are still to be trained, after locking their folders and deleting what
-    --overwrite gives up."""
-    folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
-               for seeds in unfinished_stacks(experiment, args) for seed in seeds]
-    for folder in folders:
-        locks.enter_context(records.locked(folder))
-        for name in records.FILES if args.overwrite else []:
-            (folder / name).unlink(missing_ok=True)
-    return unfinished_stacks(experiment, args)  # as they were when the locks had been taken
+def choose_stack_size(settings, wanted, count, device):
+    """How many of `count` seeds are trained side by side at most; a line says why where they cannot be."""
+    tokens = (data.DATASETS[settings["dataset"]]["image_size"] // settings["patch_size"]) ** 2 + 1
+    size = wanted or stack.default_size(tokens, device)
+    if min(size, count) > 1:
+        with torch.device("meta"):
+            models, images = [analysis.make_model(settings) for _ in range(2)], analysis.empty_images(settings, 2, 1)
+            obstacle = stack.find_obstacle(models, images, settings["amp"])
+        if obstacle:
+            print(f"{settings['model']}: seeds are trained one after the other ({obstacle})", flush=True)
+            return 1
+    return size
 
 
 def make_runs(settings, seeds, runs_dir, device, compiled=False, required=False):
@@ -389,11 +362,14 @@ def make_runs(settings, seeds, runs_dir, device, compiled=False, required=False)
     return Runs(seeds, folders, metrics, best, net, optimizer, scaler, step, fast_step or step)
 
 
-def begin_runs(experiment, seeds, args, device):
+def begin_runs(experiment, seeds, args, device, threads):
     """The Runs of these seeds: from the start, with config.json written for each, or where they were interrupted."""
     settings, facts, *_ = experiment
-    steps = settings["epochs"] * math.ceil(training_size(settings["dataset"]) / settings["batch_size"])
-    compiled = stack.is_compiled(args.compile, steps * len(seeds), device)
+    if not machine.threads_given(args.threads):  # so that the record of an interrupted run is that of one that was not
+        first = records.run_folder(args.runs_dir, settings | dict(seed=seeds[0]))
+        torch.set_num_threads(machine.on_first_rank(records.read_threads, first) or threads)
+    steps = settings["epochs"] * math.ceil(data.training_size(settings["dataset"]) / settings["batch_size"])
+    compiled = stack.is_compiled(args.compile, steps * len(seeds), device, settings["amp"])
     if compiled:
         torch.compiler.reset()  # of what was compiled for the stack before: it counts towards a limit
     runs = make_runs(settings, seeds, args.runs_dir, device, compiled, required=args.compile == "yes")
@@ -409,7 +385,7 @@ def begin_runs(experiment, seeds, args, device):
             records.write_metrics(folder, rows)
             print(f"{folder}: resumed after epoch {len(rows)} of {settings['epochs']}", flush=True)
         else:
-            own = dict(compiled=runs.fast_step is not runs.step, stack=seeds)
+            own = dict(compiled=runs.fast_step is not runs.step, stack=seeds, threads=torch.get_num_threads())
             records.write_config(folder, settings | dict(seed=seed), facts | own, args.plugin)
     return runs
 
@@ -433,29 +409,28 @@ def finish_runs(runs, settings, facts, splits, with_analysis):
             train_seconds=sum(epoch_seconds), analysis_seconds=analysis_seconds,
             milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(rows) / rows[-1]["step"],
             images_per_second=statistics.median(row["images_per_second"] for row in rows)))
-        print(result_line(folder), flush=True)
+        print_result(folder)
 
 
-def result_line(folder):
+def print_result(folder, width=0):
     summary = records.read_summary(folder)
-    return ("{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f}  test accuracy "
-            "{test_accuracy:.2%}  ").format(**summary) + f"{summary.get('seconds', math.nan):.0f} s  {folder}"
+    print(f"{folder.name:{width}}  {summary['parameters']:,} parameters  val loss {summary['val_loss']:.4f}  test loss "
+          f"{summary['test_loss']:.4f} accuracy {summary['test_accuracy']:.2%}  {summary.get('seconds', math.nan):.0f} s",
+          flush=True)
 
 
-def print_results(folders, skipped, runs_dir):
-    """After several runs or none a table of them all, and the command to draw them."""
-    summaries = [records.read_summary(folder) for folder in folders]
-    if len(folders) > 1 or skipped:
-        width = max(len(folder.name) for folder in folders)
-        print(f"\n{'run':{width}}  parameters  val loss  test loss  test accuracy")
-        for folder, summary in zip(folders, summaries):
-            print(f"{folder.name:{width}}  {summary['parameters']:10,}  {summary['val_loss']:8.4f}  "
-                  f"{summary['test_loss']:9.4f}  {summary['test_accuracy']:13.2%}")
-    if skipped:
-        print(f"\nfinished before this command: {skipped} of {len(folders)}; --overwrite trains them afresh")
-    print(f"\ndraw them: python plot.py {runs_dir}", flush=True)
+def print_results(folders, finished_before, runs_dir):
+    """After several runs or none the results of all, and the command to draw them."""
+    if len(folders) > 1 or finished_before:
+        print()
+        for folder in folders:
+            print_result(folder, width=max(len(folder.name) for folder in folders))
+    if finished_before:
+        print(f"\nfinished before this command: {finished_before} of {len(folders)}; --overwrite trains them afresh")
+    print(f"\ndraw them: python plot.py {shlex.quote(str(runs_dir))}", flush=True)
 
 
+@machine.enough_memory()
 def train_runs(args):
     """Train, test and analyse every combination of data set, model and seed."""
     plugin = records.execute_plugin(args.plugin) if args.plugin else None
@@ -464,39 +439,31 @@ def train_runs(args):
     machine.connect_ranks(device)
     experiments = machine.on_first_rank(plan_experiments, args, device, plugin)
     unfinished = machine.on_first_rank(lambda: [experiment for experiment in experiments
-                                                if unfinished_stacks(experiment, args)])
+                                                if records.find_stacks(*experiment.request)])
     folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
                for experiment in experiments for seed in experiment.seeds]
-    skipped = sum(not args.overwrite and records.is_recorded(folder) for folder in folders)
+    finished_before = sum(not args.overwrite and records.is_recorded(folder) for folder in folders)
     datasets = {name: data.load_splits(name, args.data_dir, device)
                 for name in dict.fromkeys(experiment.settings["dataset"] for experiment in unfinished)}
-    if unfinished and machine.rank() == 0:
-        machine.warn_if_busy(device)
+    threads = machine.take_threads(args.threads, device) if unfinished else None
     for experiment in unfinished:
         settings, splits = experiment.settings, datasets[experiment.settings["dataset"]]
         with contextlib.ExitStack() as locks:
-            for seeds in machine.on_first_rank(claim_stacks, experiment, args, locks):
-                runs = begin_runs(experiment, seeds, args, device)
+            for seeds in machine.on_first_rank(records.claim_stacks, locks, *experiment.request):
+                runs = begin_runs(experiment, seeds, args, device, threads)
                 train_stack(runs, splits, settings)
                 if machine.rank() == 0:
                     finish_runs(runs, settings, experiment.facts, splits, args.analysis)
     if machine.rank() == 0:
-        print_results(folders, skipped, args.runs_dir)
+        print_results(folders, finished_before, args.runs_dir)
     machine.disconnect_ranks()
 
 
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
-    args = parse_flags(argv)
     machine.keep_freed_memory()
-    try:
-        return records.exit_status("train.py", train_runs, args)
-    except (MemoryError, RuntimeError) as error:
-        if not machine.is_out_of_memory(error):
-            raise
-    print("train.py: error: out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger "
-          "--patch-size", file=sys.stderr)
-    return 2
+    machine.outlive_terminal()
+    return records.exit_status("train.py", parse_flags, train_runs, argv)
 
 
 if __name__ == "__main__":

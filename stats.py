@@ -98,11 +98,10 @@ def sign_flip_p(differences):
 
 
 def student_p(differences):
-    """The two-sided p of Student's t for paired differences."""
-    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    if not deviation:
-        return 0.0 if mean else 1.0
-    return 1 - t_coverage(abs(mean) / deviation * math.sqrt(len(differences)), len(differences) - 1)
+    """The two-sided p of Student's t for paired differences; 1e-15, which is what rounding leaves, if it is less."""
+    mean, deviation = abs(statistics.fmean(differences)), statistics.stdev(differences)
+    t = mean / deviation * math.sqrt(len(differences)) if deviation else math.inf if mean else 0.0
+    return max(1 - t_coverage(t, len(differences) - 1), 1e-15)
 
 
 def holm(p_values):
@@ -175,10 +174,10 @@ def pair_with_baseline(line, lines, baseline=BASELINE):
             other.settings.get(name) != line.settings.get(name) for name in ["plugin", *records.MODEL_SETTINGS])
 
     baselines = sorted((other for other in lines if other.model == baseline), key=distance)
-    pairs = []
+    recipes, pairs = [(recipe_of(other), other) for found in baselines for other in found.runs], []
     for run in line.runs:
-        alike = [other for found in baselines for other in found.runs if recipe_of(other) == recipe_of(run)]
-        pairs += [(run, other) for other in alike[:1]]
+        recipe = recipe_of(run)
+        pairs += [(run, other) for found, other in recipes if found == recipe][:1]
     return pairs
 
 
@@ -337,6 +336,12 @@ DETECTABLE_NOTE = ("Detectable: the smallest true difference whose 95% interval,
 DECISION_NOTE = ("Detectable: the smallest true difference for which p (Holm) is below 0.05 in 80% of experiments with "
                  "this number and this spread of seeds, even if no other row shows one; inf where so few seeds show "
                  "none. By simulation.")
+RESPONSE_NOTE = (
+    "Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum. "
+    "Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption "
+    "makes, by that of the clean outputs around their mean over images. Common share: the part of the change's energy "
+    "that is the same in all images. Cosines: between the first branch and minus the second, of the changes and of the "
+    "clean outputs.")
 INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
 
 
@@ -508,12 +513,12 @@ def severity_tables(dataset, lines, names):
     columns = ["corruption", "model", *(f"severity {i} ({amount:g})" for i, amount in enumerate(amounts, 1))]
     errors, differences = [], []
     for name in names:
-        measures = [lambda run, i=i: 1 - run.noise[name][i] for i in range(len(amounts))]
+        measures = [lambda run, i=i: 100 * (1 - run.noise[name][i]) for i in range(len(amounts))]
         errors += [[readable(name), line.label, *(
-            mean_cell(list(map(measure, line.runs)), "{:.2%}".format) for measure in measures)] for line in lines]
+            mean_cell(list(map(measure, line.runs)), "{:.2f}%".format) for measure in measures)] for line in lines]
         found = [paired_differences(lines, measure) for measure in measures]
-        differences += [[readable(name), label, *(difference_cell(100 * statistics.fmean(
-            of_severity[label]), 100 * half_interval(of_severity[label])) for of_severity in found)]
+        differences += [[readable(name), label, *(
+            difference_cell(statistics.fmean(values[label]), half_interval(values[label])) for values in found)]
             for label in found[0]]
     return [make_table(f"{dataset}: test error by severity", columns, errors, INTERVAL_NOTE), make_table(
         f"{dataset}: difference in the test error by severity, points", columns, differences,
@@ -534,13 +539,7 @@ def response_tables(dataset, lines):
             f"{dataset}: response of the branches in block {block}",
             ["model", "condition", *(name.replace("_", " ") for name in records.RESPONSE_FIGURES)],
             [row for row in rows if any(row[2:])]))  # not every model has this block
-    return "\n".join([*tables, INTERVAL_NOTE, "", textwrap.dedent("""\
-        Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum.
-        Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption
-        makes, by that of the clean outputs around their mean over images. Common share: the part of the change's
-        energy that is the same in all images. Cosines: between the first branch and minus the second, of the changes
-        and of the clean outputs.
-        """).replace("\n", " ").strip() + "\n"])
+    return "\n".join([*tables, INTERVAL_NOTE, "", RESPONSE_NOTE, ""])
 
 
 def partial_noise_tables(dataset, lines):
@@ -626,7 +625,7 @@ def make_tables(dataset, lines, compared=()):
             "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
             "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
         "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
-        "shift-table": shift_tables(dataset, noise) if noise_parts(shared_corruptions(noise)[0]) else "",
+        "shift-table": shift_tables(dataset, noise) if len(compared_noises(shared_corruptions(noise)[0])) == 2 else "",
         "response-table": response_tables(dataset, response) if response else "",
         "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",

@@ -5,9 +5,11 @@
 draws the finished runs that lie directly in each folder named and, thin and muted behind them, those of its `reference`
 folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
 seed alone are one line, their mean. Needs neither torch nor data. Prints a short table a data set, after it has written
-DATASET-table.md, -paired-table.md, -noise-table.md, -partial-noise-table.md, -attention-table.md and the charts
-DATASET-pixel-noise.png, -val-loss.png, -val-accuracy.png, -parameters.png, -lambda.png, -noise.png, -partial-noise.png,
--relevance.png, -maps.png and -blocks.png into the first folder; with --compare DATASET-comparisons.md, too.
+DATASET-table.md, -paired-table.md, -noise-table.md, -shift-table.md, -response-table.md, -attention-table.md and the
+charts DATASET-shift.png, -shift-by-severity.png, -response.png, -noise.png, -val-loss.png, -val-accuracy.png,
+-parameters.png, -lambda.png, -relevance.png, -maps.png and -blocks.png into the first folder; with --compare
+DATASET-comparisons.md, too. Of records without amounts of corruption it writes -pixel-noise.png, -partial-noise.png and
+-partial-noise-table.md in place of those of shift and response.
 """
 
 import argparse
@@ -29,7 +31,7 @@ os.environ["MPLBACKEND"] = "agg"  # one that a notebook set may not be installed
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, ScalarFormatter
 
 import records
 import stats
@@ -345,33 +347,42 @@ def family_of(line):
     return FAMILIES[2 if negative and not any(negative) else 1]
 
 
-def draw_rows(title, notes, xlabel, number, lines, panels):
-    """Means and their intervals from 0, a row a line below the heading of its family, the largest mean of the last
-    panel first. panels: {heading: {label: sample}}. number: how a mean is written."""
-    *_, last = panels.values()
+def new_rows(title, notes, lines, order, headings, columns, width, **options):
+    """A figure with a row a line below the heading of its family, the line of the largest `order` of a family first; as
+    many panels as headings, in so many columns: the figure, its panels, and where each line stands."""
     families = {family: [] for family in FAMILIES}
-    for line in sorted(lines, key=lambda line: -statistics.fmean(last[line.label])):
+    for line in sorted(lines, key=order, reverse=True):
         families[family_of(line)].append(line)
     rows = {text: line for family, members in families.items() if members
             for text, line in [(family, None), *((line.label, line) for line in members)]}
-    width = 5 if len(panels) == 1 else 2.6
-    figure, (row,) = new_figure(
-        title, [*notes, what_is_shown(lines)], 1, len(panels), (width, 0.27 * len(rows)), gap=(0.3, 0),
-        left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True)
-    for axes, (heading, samples) in zip(row, panels.items()):
-        for place, line in enumerate(rows.values()):
-            if line:
-                draw_row(axes, place, samples[line.label], line, number)
-        axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
-        axes.set(title=heading, xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-        axes.margins(x=0.6 / width)  # for the means in figures
-        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
+    figure, grid = new_figure(
+        title, [*notes, what_is_shown(lines)], len(headings) // columns, columns, (width, 0.27 * len(rows)),
+        gap=(0.4, 0.65), left=0.4 + CHARACTER * max(map(len, rows)), sharex=True, sharey=True, **options)
+    for axes, heading in zip(grid.flat, headings):
+        axes.set(title=heading, ylim=(len(rows) - 0.4, -0.6))
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.grid(axis="x")
-    row[0].set_yticks(range(len(rows)), rows, fontsize="small")
-    for text, line in zip(row[0].get_yticklabels(), rows.values()):
-        text.set_fontweight("normal" if line else "bold")
+    grid[0, 0].set_yticks(range(len(rows)), rows, fontsize="small")
+    for axes in grid[:, 0]:
+        for text, line in zip(axes.get_yticklabels(), rows.values()):
+            text.set(fontweight="normal" if line else "bold", fontsize="small")
+    return figure, list(grid.flat), {place: line for place, line in enumerate(rows.values()) if line}
+
+
+def draw_rows(title, notes, xlabel, number, lines, panels):
+    """Means and their intervals from 0, by rows. panels: {heading: {label: sample}}, of which the first decides the
+    order. number: how a mean is written."""
+    first, width = next(iter(panels.values())), 5 if len(panels) == 1 else 2.4
+    figure, row, places = new_rows(title, notes, lines, lambda line: statistics.fmean(first[line.label]), panels,
+                                   len(panels), width)
+    for axes, samples in zip(row, panels.values()):
+        for place, line in places.items():
+            draw_row(axes, place, samples[line.label], line, number)
+        axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
+        axes.set_xlabel(xlabel)
+        axes.margins(x=0.6 / width)  # for the means in figures
+        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
     return figure, row
 
 
@@ -385,24 +396,44 @@ def draw_row(axes, place, sample, line, number):
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
 
 
-def draw_pixel_noise(dataset, lines):
-    """The mean error under Gaussian and impulse noise."""
+def draw_errors(title, notes, panels, dataset, lines):
+    """Mean test errors by rows, a panel for each of {heading: corruptions}, in each dashed that of `vit`."""
     lines = labelled(lines, lambda run: run.noise)
     names, severities = stats.shared_corruptions(lines)
-    if not set(stats.PIXEL_NOISES) <= set(names):
+    if not set(itertools.chain(*panels.values())) <= set(names):
         return None
-    samples = {line.label: [stats.noise_error(run, stats.PIXEL_NOISES, severities) for run in line.runs]
-               for line in lines}
-    figure, (axes,) = draw_rows(
-        f"Test error under Gaussian and impulse noise on {in_print(dataset)}", [
-            f"mean of both kinds over severities 1 to {severities}, none met in training; dashed: {BASELINE}"],
-        "test error", "{:.1%}".format, lines, {"": samples})
+    panels = {heading: {line.label: [stats.noise_error(run, part, severities) for run in line.runs] for line in lines}
+              for heading, part in panels.items()}
+    figure, row = draw_rows(
+        f"Test error under {title} on {in_print(dataset)}", [
+            *notes, f"mean over severities 1 to {severities}, none met in training; dashed: {BASELINE}"],
+        "test error", "{:.1%}".format, lines, panels)
+    for axes, samples in zip(row, panels.values()):
+        mark_baseline(axes, lines, lambda line: samples[line.label])
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(PERCENT)
+    return figure
+
+
+def mark_baseline(axes, lines, sample_of):
     for line in lines:
         if line.model == BASELINE:
-            axes.axvline(statistics.fmean(samples[line.label]), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(PERCENT)
-    return figure
+            axes.axvline(statistics.fmean(sample_of(line)), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
+
+
+def draw_pixel_noise(dataset, lines):
+    """The mean error under Gaussian and impulse noise, of records that do not have these in parts."""
+    return None if stats.have_amounts(lines) else draw_errors(
+        "Gaussian and impulse noise", [], {"": stats.PIXEL_NOISES}, dataset, lines)
+
+
+def draw_shift(dataset, lines):
+    """The mean error under Gaussian noise, under its shift alone and under its fluctuation alone."""
+    shift, fluctuation = stats.GAUSSIAN_PARTS
+    return draw_errors("Gaussian noise", [
+        "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest"], {
+            "noise as tested": ["gaussian_noise"], "its shift alone": [shift], "its fluctuation alone": [fluctuation]},
+        dataset, lines)
 
 
 def draw_partial_noise(dataset, lines):
@@ -411,40 +442,106 @@ def draw_partial_noise(dataset, lines):
     _, severities = stats.shared_corruptions(lines)
     parts = {f"noise on {part} patches": name for part, name in records.PARTIAL_NOISE.items()}
     panels = {heading: stats.paired_differences(lines, lambda run: 100 * stats.noise_error(run, [name], severities))
-              for heading, name in (parts | {"noise on the whole image": "gaussian_noise"}).items()}
-    *_, compared = panels.values()
-    lines = [line for line in lines if line.label in compared]
+              for heading, name in ({"noise on the whole image": "gaussian_noise"} | parts).items()}
+    lines = [line for line in lines if line.label in panels["noise on the whole image"]]
     return draw_rows(
         f"Gaussian noise on a part of the image, {in_print(dataset)}: test error minus that of {BASELINE}", [
             f"mean over severities 1 to {severities}, paired by seed; relevant patches hold some of the object"],
         "difference, points", "{:+.1f}".format, lines, panels)[0] if lines else None
 
 
-def draw_noise(dataset, lines):
-    """Test error by severity, a panel a corruption; severity 0 is the clean test split."""
+def draw_severities(title, choose, dataset, lines):
+    """Test error by severity, a panel for each corruption that `choose` takes; severity 0 is the clean test split."""
     lines = labelled(lines, lambda run: run.noise)
     names, severities = stats.shared_corruptions(lines)
+    names = choose(names)
     if not names:
         return None
-    cluttered = any(line.settings.get("distractors") for line in lines)
+    cluttered, brighter = (any(line.settings.get(name) for line in lines) for name in ("distractors", "brightness"))
+    met = "trained with distractors and no other corruption" if cluttered else "trained without corruption"
     figure, grid = new_figure(
-        f"Test error by severity of corruption on {in_print(dataset)}", [
-            "trained with distractors and no other corruption" if cluttered else "trained without corruption",
-            what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
+        f"Test error by severity of {title} on {in_print(dataset)}", [
+            met + ", except for brightness where a name says so" * brighter, what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
         legend=texts_of(lines), sharex=True, sharey=True)
-    for axes, name in itertools.zip_longest(grid.flat, names):
+    for i, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
         if name is None:
             axes.remove()
             continue
         for line in lines:
             draw_mean(axes, range(severities + 1), [[1 - accuracy for accuracy in (
                 run.summary["test_accuracy"], *run.noise[name][:severities])] for run in line.runs], line)
-        axes.set(title=stats.readable(name).capitalize(), xlabel="severity (0: clean)", ylabel="test error")
+        axes.set(title=stats.readable(name).capitalize(), ylabel="test error")
         axes.label_outer()
+        if i >= len(names) - grid.shape[1]:  # nothing stands below it
+            axes.set_xlabel("severity (0: clean)")
+            axes.tick_params(labelbottom=True)
     grid[0, 0].set_ylim(bottom=0)
     grid[0, 0].yaxis.set_major_formatter(PERCENT)
     legend_below(figure)
     return figure
+
+
+BRANCHES = {  # of a figure of response.csv its name, its mark, and how far below the middle of a row it stands
+    "noise_to_signal_1": ("branch 1", dict(marker="o", markerfacecolor="white"), -0.2),
+    "noise_to_signal_2": ("branch 2", dict(marker="s", markerfacecolor="white"), 0.2),
+    "noise_to_signal": ("output of the head", dict(marker="D"), 0)}
+
+
+def draw_response(dataset, lines):
+    """Noise to signal of the branches of the heads and of what they make together, by block, under each part of
+    Gaussian noise."""
+    lines = labelled(lines, lambda run: run.response)
+    conditions, blocks = stats.response_axes(lines)
+    panels = {f"{name.split('_')[-1]} alone, block {block}": (condition, block) for name in stats.GAUSSIAN_PARTS
+              for condition in conditions if condition.startswith(name) for block in blocks}
+    if not panels:
+        return None
+
+    first, *_ = panels.values()
+    figure, grid, rows = new_rows(
+        f"Response of the heads to the two parts of Gaussian noise, {in_print(dataset)}", [
+            "noise to signal: energy of what the noise changes, by that of the clean outputs around their mean image",
+            f"severity {first[0].split('_')[-1]}, mean over heads; dashed: {BASELINE}, whose heads have one branch"],
+        lines, lambda line: statistics.fmean(response_samples(line, *first)["noise_to_signal"]), panels, len(blocks),
+        2.9, legend=[text for text, _, _ in BRANCHES.values()])
+    for axes, place in zip(grid, panels.values()):
+        for row, line in rows.items():
+            draw_branches(axes, row, line, response_samples(line, *place))
+        mark_baseline(axes, lines, lambda line: response_samples(line, *place)["noise_to_signal"])
+        axes.set(xlabel="noise to signal", xscale="log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.label_outer()
+    set_decades(grid[0])
+    for text, mark, _ in BRANCHES.values():
+        grid[0].plot([], [], color="0.3", linestyle="none", markersize=5, label=text, **mark)
+    legend_below(figure)
+    return figure
+
+
+def set_decades(axes):
+    """Have a logarithmic scale begin and end at 1, 2 or 5 times a power of ten, with ticks there and between."""
+    low, high = axes.get_xlim()
+    digits = (1, 2, 5) if high < 500 * low else (1,)
+    ticks = [digit * 10.0**power for power in range(-9, 9) for digit in digits]
+    first, last = max(tick for tick in ticks if tick <= low), min(tick for tick in ticks if tick >= high)
+    axes.set_xticks([tick for tick in ticks if first <= tick <= last])
+    axes.set_xlim(first, last)
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
+def response_samples(line, condition, block):
+    return {name: [stats.response_of(run, condition, block, name) for run in line.runs] for name in BRANCHES}
+
+
+def draw_branches(axes, row, line, samples):
+    """What the branches make together and, of a line that has two, each of them above and below it."""
+    if any(map(math.isnan, samples["noise_to_signal_2"])):
+        samples = {"noise_to_signal": samples["noise_to_signal"]}
+    means = {name: (statistics.fmean(sample), row + BRANCHES[name][2]) for name, sample in samples.items()}
+    for name, (_, height) in means.items():
+        axes.plot(*zip(means[name], means["noise_to_signal"]), color=line.style["color"], linewidth=0.8, alpha=0.4)
+        draw_intervals(axes, [height], [samples[name]],
+                       line._replace(label="", style=line.style | BRANCHES[name][1]), across=True)
 
 
 # Charts of the attention.
@@ -548,8 +645,11 @@ def show_map(axes, weights, image, x, y, limit):
 # Each makes a figure of (data set, lines), or returns None where there is nothing to show.
 CHARTS = {"pixel-noise": draw_pixel_noise, "val-loss": functools.partial(draw_validation, "loss", "{:.3f}".format),
           "val-accuracy": functools.partial(draw_validation, "accuracy", "{:.2%}".format),
-          "parameters": draw_parameters, "lambda": draw_lambda, "noise": draw_noise,
-          "partial-noise": draw_partial_noise, "relevance": draw_relevance, "blocks": draw_blocks, "maps": draw_maps}
+          "parameters": draw_parameters, "lambda": draw_lambda, "shift": draw_shift,
+          "noise": functools.partial(draw_severities, "corruption", stats.plain_corruptions),
+          "shift-by-severity": functools.partial(draw_severities, "noise and its parts", stats.noise_parts),
+          "response": draw_response, "partial-noise": draw_partial_noise, "relevance": draw_relevance,
+          "blocks": draw_blocks, "maps": draw_maps}
 
 
 # The command.

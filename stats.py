@@ -5,6 +5,7 @@ Student's t for intervals, the exact sign-flip permutation test for p, Holm's co
 """
 
 import functools
+import itertools
 import math
 import statistics
 import textwrap
@@ -17,7 +18,9 @@ import records
 BASELINE = "vit"  # what every other model is compared with
 IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10",
             "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
-PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the other corruptions
+PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the others in records without amounts
+GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]  # in records with amounts
+NOT_CLIPPED = ["gaussian_noise_unclipped", "image_offset", "patch_offset"]
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
@@ -28,8 +31,9 @@ PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("fashionmnist", "vitdiff"): Published(30, 38_106, 0.788, 0.796, 0.8726),
 }
 # Of one row's differences: their mean, half the mean's 95% interval, how many of how many are for the better, the p of
-# the sign-flip test, that p corrected by Holm over all rows, and what difference so many seeds would have shown.
-Comparison = namedtuple("Comparison", "mean half better count p p_holm detectable")
+# the sign-flip test, that of Student's t, the first corrected by Holm over all rows, and what difference so many seeds
+# would have shown.
+Comparison = namedtuple("Comparison", "mean half better count p p_t p_holm detectable")
 
 
 def t_coverage(t, freedom):
@@ -93,6 +97,13 @@ def sign_flip_p(differences):
     return min(1.0, far.sum().item() / (len(first) * len(second)))
 
 
+def student_p(differences):
+    """The two-sided p of Student's t for paired differences; 1e-15, which is what rounding leaves, if it is less."""
+    mean, deviation = abs(statistics.fmean(differences)), statistics.stdev(differences)
+    t = mean / deviation * math.sqrt(len(differences)) if deviation else math.inf if mean else 0.0
+    return max(1 - t_coverage(t, len(differences) - 1), 1e-15)
+
+
 def holm(p_values):
     """p-values corrected for their number by Holm's method, in the same order."""
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -102,14 +113,49 @@ def holm(p_values):
     return corrected
 
 
-def compare(rows, more_is_better):
-    """{name: Comparison} of {name: differences, two or more}."""
+@functools.cache
+def detectable_effect(seeds, rows):
+    """The smallest true mean of paired differences, in their standard deviations, for which the sign-flip p is below
+    0.05 in 80% of experiments though Holm's correction takes it for the smallest of `rows`; inf where so few seeds show
+    none. By simulation of 1,000 experiments; beyond 12 seeds 2^11 choices of signs stand for all."""
+    random = numpy.random.default_rng(0)
+    if seeds <= 12:  # the opposite signs have the same sum but for its sign, so that of the first value stays
+        signs = numpy.array([(1.0, *others) for others in itertools.product([1.0, -1.0], repeat=seeds - 1)]).T
+    else:
+        signs = random.choice([1.0, -1.0], (seeds, 2**11))
+        signs[:, 0] = 1
+    sums, shifts = random.normal(size=(1_000, seeds)) @ signs, signs.sum(0)
+
+    def power(effect):
+        flipped = abs(sums + effect * shifts)
+        p_values = (flipped >= flipped[:, :1] - 1e-9).mean(1)  # the first choice is the values as they are
+        return (p_values * rows < 0.05).mean()
+
+    low, high = 0.0, 4.0  # with six seeds, the fewest that show anything, 1.8
+    if power(high) < 0.8:
+        return math.inf
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle) >= 0.8 else (middle, high)
+    return high
+
+
+def compare(rows, more_is_better, simulate=False):
+    """{name: Comparison} of {name: differences, two or more}. simulate: the detectable difference is that of the
+    decision by the corrected p in place of the interval's."""
+    def detectable(differences):
+        if not simulate:
+            return detectable_difference(differences)
+        effect = detectable_effect(len(differences), len(rows))
+        return effect * statistics.stdev(differences) if effect < math.inf else effect
+
     p_values = {name: sign_flip_p(differences) for name, differences in rows.items()}
     corrected = dict(zip(rows, holm(list(p_values.values()))))
     return {name: Comparison(
         statistics.fmean(differences), half_interval(differences),
         sum(difference > 0 if more_is_better else difference < 0 for difference in differences), len(differences),
-        p_values[name], corrected[name], detectable_difference(differences)) for name, differences in rows.items()}
+        p_values[name], student_p(differences), corrected[name], detectable(differences))
+        for name, differences in rows.items()}
 
 
 def recipe_of(run):
@@ -128,10 +174,10 @@ def pair_with_baseline(line, lines, baseline=BASELINE):
             other.settings.get(name) != line.settings.get(name) for name in ["plugin", *records.MODEL_SETTINGS])
 
     baselines = sorted((other for other in lines if other.model == baseline), key=distance)
-    pairs = []
+    recipes, pairs = [(recipe_of(other), other) for found in baselines for other in found.runs], []
     for run in line.runs:
-        alike = [other for found in baselines for other in found.runs if recipe_of(other) == recipe_of(run)]
-        pairs += [(run, other) for other in alike[:1]]
+        recipe = recipe_of(run)
+        pairs += [(run, other) for found, other in recipes if found == recipe][:1]
     return pairs
 
 
@@ -156,7 +202,7 @@ def paired_differences(lines, figure_of, compared=()):
 
 def compare_lines(lines, figure_of, more_is_better, compared=()):
     """{label: Comparison} of the differences that paired_differences finds."""
-    return compare(paired_differences(lines, figure_of, compared), more_is_better)
+    return compare(paired_differences(lines, figure_of, compared), more_is_better, simulate=have_amounts(lines))
 
 
 # Figures of runs: what was published, and what the analyses found.
@@ -165,6 +211,12 @@ def keep_runs(lines, condition):
     """The lines of only those runs for which the condition holds."""
     kept = [line._replace(runs=[run for run in line.runs if condition(run)]) for line in lines]
     return [line for line in kept if line.runs]
+
+
+def have_amounts(lines):
+    """Whether these are records that say by which amounts images were corrupted: tables of earlier ones stay as they
+    were."""
+    return any(run.amounts for line in lines for run in line.runs)
 
 
 def keep_one_protocol(lines):
@@ -211,6 +263,25 @@ def shared_corruptions(lines):
     return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
 
 
+def plain_corruptions(names):
+    """Those that are neither a part of a noise nor one of those that stand beside it, not clipped."""
+    return [name for name in names if name not in NOT_CLIPPED and not name.endswith(("_shift", "_fluctuation"))]
+
+
+def noise_parts(names):
+    """Each noise that was met in parts, too, with these, and what is not clipped; of records without amounts, none."""
+    noises = [name.removesuffix("_shift") for name in names if name.endswith("_shift")]
+    parts = [noise + part for noise in noises for part in ("", "_shift", "_fluctuation")]
+    return [name for name in parts + NOT_CLIPPED if name in names]
+
+
+def compared_noises(names):
+    """{what: corruptions}: the mean errors by which models are compared, where all runs have met these corruptions."""
+    if set(GAUSSIAN_PARTS) <= set(names):
+        return {readable(name): [name] for name in GAUSSIAN_PARTS}
+    return {"gaussian and impulse noise": PIXEL_NOISES} if set(PIXEL_NOISES) <= set(names) else {}
+
+
 def met_partial_noise(run):
     return run.noise and {"gaussian_noise", *records.PARTIAL_NOISE.values()} <= set(run.noise)
 
@@ -220,11 +291,24 @@ def noise_error(run, names, severities):
     return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
 
 
+def conditions_and_blocks(found):
+    """Those of the attention or the responses of several runs: two lists."""
+    return (list(dict.fromkeys(condition for conditions in found for condition in conditions)),
+            sorted({block for conditions in found for blocks in conditions.values() for block in blocks}))
+
+
 def attention_axes(lines):
-    """The conditions and the blocks of all runs: two lists."""
-    found = [run.attention for line in lines for run in line.runs]
-    return (list(dict.fromkeys(condition for attention in found for condition in attention)),
-            sorted({block for attention in found for blocks in attention.values() for block in blocks}))
+    return conditions_and_blocks([run.attention for line in lines for run in line.runs])
+
+
+def response_axes(lines):
+    return conditions_and_blocks([run.response for line in lines for run in line.runs])
+
+
+def response_of(run, condition, block, figure):
+    """A figure of a run's response; nan where it has none, as self-attention has no second branch."""
+    found = run.response.get(condition, {}).get(block, {}).get(figure)
+    return math.nan if found is None else found
 
 
 def attention_of(run, condition, block, figure):
@@ -249,6 +333,15 @@ def trained_irrelevant_share(run):
 
 DETECTABLE_NOTE = ("Detectable: the smallest true difference whose 95% interval, not corrected, excludes 0 in 80% of "
                    "experiments with this number and this spread of seeds.")
+DECISION_NOTE = ("Detectable: the smallest true difference for which p (Holm) is below 0.05 in 80% of experiments with "
+                 "this number and this spread of seeds, even if no other row shows one; inf where so few seeds show "
+                 "none. By simulation.")
+RESPONSE_NOTE = (
+    "Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum. "
+    "Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption "
+    "makes, by that of the clean outputs around their mean over images. Common share: the part of the change's energy "
+    "that is the same in all images. Cosines: between the first branch and minus the second, of the changes and of the "
+    "clean outputs.")
 INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
 
 
@@ -260,14 +353,17 @@ def mean_cell(values, number):
     return number(mean) + (f" ± {number(half)}" if half is not None else "")
 
 
+def difference_cell(mean, half, digits=2):
+    return "{} ({} to {})".format(*(f"{mean + sign * half:+.{digits}f}" for sign in (0, -1, 1)))
+
+
 def comparison_cells(found, digits):
-    """The difference with its interval, in how many seeds it is better, p, p by Holm, what could be shown; empty cells
-    where nothing was found."""
+    """The difference with its interval, in how many seeds it is better, p, p by Student's t, p by Holm, what could be
+    shown; empty cells where nothing was found."""
     if found is None:
-        return [""] * 5
-    ends = (found.mean + sign * found.half for sign in (0, -1, 1))
-    return ["{} ({} to {})".format(*(f"{value:+.{digits}f}" for value in ends)), f"{found.better} of {found.count}",
-            f"{found.p:.3g}", f"{found.p_holm:.3g}", f"{found.detectable:.{digits}f}"]
+        return [""] * 6
+    return [difference_cell(found.mean, found.half, digits), f"{found.better} of {found.count}", f"{found.p:.3g}",
+            f"{found.p_t:.3g}", f"{found.p_holm:.3g}", f"{found.detectable:.{digits}f}"]
 
 
 def difference_note(baseline):
@@ -275,14 +371,16 @@ def difference_note(baseline):
             "(Student's t)")
 
 
-def comparison_note(comparisons, baseline):
+def comparison_note(comparisons, baseline, with_amounts):
     """What the columns of a comparison with a baseline say."""
-    counts = {found.count for found in comparisons.values()}
+    counts = sorted({found.count for found in comparisons.values()})
     text = (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
             "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
             f"{len(comparisons)}.")
-    return text + (f" With {max(counts)} seeds p cannot be below {2 / 2**max(counts):.3g} before the correction."
-                   if len(counts) == 1 else "")
+    if len(counts) > 1 and not with_amounts:
+        return text
+    least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
+    return f"{text} With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the correction."
 
 
 def make_table(heading, columns, rows, *notes):
@@ -307,9 +405,9 @@ def result_table(dataset, lines):
     if comparisons:
         columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
         for row, line in zip(rows, lines):
-            difference, better, _, p_holm, _ = comparison_cells(comparisons.get(line.label), 2)
+            difference, better, _, _, p_holm, _ = comparison_cells(comparisons.get(line.label), 2)
             row += [difference, better, p_holm]
-        notes.append(comparison_note(comparisons, f"`{BASELINE}`"))
+        notes.append(comparison_note(comparisons, f"`{BASELINE}`", have_amounts(lines)))
     published = [published_of(dataset, line) for line in lines]
     if any(published):
         columns.append("published")
@@ -326,28 +424,32 @@ def paired_table(heading, lines, measures, compared=()):
     measures: {heading: (figure of a run, number of digits, whether more is better)}. compared: pairs of models to be
     compared in place of each with `vit`.
     """
-    columns, found = ["model"], []
+    columns, found, amounts = ["model"], [], have_amounts(lines)
     for name, (figure_of, digits, more_is_better) in measures.items():
-        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)", "detectable"]
+        columns += [f"{name} (95% interval)", "better in", "p", "p (t)", "p (Holm)", "detectable"]
         found.append((compare_lines(lines, figure_of, more_is_better, compared), digits))
     labels = dict.fromkeys(label for comparisons, _ in found for label in comparisons)
     if not labels:
         return ""
     rows = [[label, *(cell for comparisons, digits in found
                       for cell in comparison_cells(comparisons.get(label), digits))] for label in labels]
+    if not amounts:
+        columns, *rows = [[cell for i, cell in enumerate(row) if i % 6 != 4] for row in [columns, *rows]]
     most, _ = max(found, key=lambda pair: len(pair[0]))
     return make_table(heading, columns, rows, comparison_note(
-        most, "the second model" if compared else f"`{BASELINE}`"), DETECTABLE_NOTE)
+        most, "the second model" if compared else f"`{BASELINE}`", amounts) + " p (t): Student's t." * amounts,
+        DECISION_NOTE if amounts else DETECTABLE_NOTE)
 
 
 def noise_tables(dataset, lines):
     """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
     names, severities = shared_corruptions(lines)
+    names = plain_corruptions(names)
 
     def errors(run):  # of each corruption, then of all
         return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
 
-    noises = [name for name in names if name in PIXEL_NOISES]
+    noises = [name for name in names if name in PIXEL_NOISES and not have_amounts(lines)]
     parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
              "mean of all": names} if noises else {"mean of all": names}
     rows = []
@@ -376,13 +478,68 @@ def corruption_table(dataset, lines, names, severities):
     labels = dict.fromkeys(label for label, _ in found)
     if not labels:
         return ""
-    cells = {key: comparison_cells(comparison, 2)[0] for key, comparison in found.items()}
+    cells = {key: difference_cell(comparison.mean, comparison.half) for key, comparison in found.items()}
     rows = [[label, *(f"**{cells[label, name]}**" if found[label, name].p_holm < 0.05 else cells[label, name]
                       for name in names)] for label in labels]
     return make_table(
         f"{dataset}: difference in the test error under each corruption, points", ["model", *map(readable, names)],
         rows, difference_note(f"`{BASELINE}`") + ". Bold: p is below 0.05 by the exact two-sided sign-flip test with "
         f"Holm's correction for all {len(found)} cells.")
+
+
+def shift_tables(dataset, lines):
+    """The mean test error under each noise, its shift alone and its fluctuation alone, and the paired differences; the
+    same of Gaussian noise by severity."""
+    shared, severities = shared_corruptions(lines)
+    names = noise_parts(shared)
+    rows = [[line.label, str(len(line.runs)), *(mean_cell(
+        [noise_error(run, [name], severities) for run in line.runs], "{:.2%}".format) for name in names)]
+        for line in lines]
+    return "\n".join(filter(None, [make_table(
+        f"{dataset}: mean test error over severities 1 to {severities} under each noise and under its parts alone",
+        ["model", "seeds", *map(readable, names)], rows, INTERVAL_NOTE,
+        "Shift: each pixel replaced by the mean of what the noise makes of it. Fluctuation: the noise less its shift. "
+        "Unclipped: the noise not clipped at black and white. Offset: one number added to all pixels of an image, or "
+        "of a patch, each patch its own."), paired_table(
+            f"{dataset}: difference in the test error under Gaussian noise", lines,
+            {f"{readable(name)}, points": (lambda run, name=name: 100 * noise_error(run, [name], severities), 2, False)
+             for name in ("gaussian_noise", *GAUSSIAN_PARTS)}), corruption_table(dataset, lines, names, severities),
+        *severity_tables(dataset, lines, [name for name in names if name.startswith("gaussian_noise")])]))
+
+
+def severity_tables(dataset, lines, names):
+    """The test error under each of some corruptions at each severity, and the paired difference: two texts."""
+    amounts = next(run.amounts for line in lines for run in line.runs)[names[0]]
+    columns = ["corruption", "model", *(f"severity {i} ({amount:g})" for i, amount in enumerate(amounts, 1))]
+    errors, differences = [], []
+    for name in names:
+        measures = [lambda run, i=i: 100 * (1 - run.noise[name][i]) for i in range(len(amounts))]
+        errors += [[readable(name), line.label, *(
+            mean_cell(list(map(measure, line.runs)), "{:.2f}%".format) for measure in measures)] for line in lines]
+        found = [paired_differences(lines, measure) for measure in measures]
+        differences += [[readable(name), label, *(
+            difference_cell(statistics.fmean(values[label]), half_interval(values[label])) for values in found)]
+            for label in found[0]]
+    return [make_table(f"{dataset}: test error by severity", columns, errors, INTERVAL_NOTE), make_table(
+        f"{dataset}: difference in the test error by severity, points", columns, differences,
+        difference_note(f"`{BASELINE}`") + ".") if differences else ""]
+
+
+def response_tables(dataset, lines):
+    """How the branches of the heads respond to each noise: a table a block, with a row a model and condition."""
+    conditions, blocks = response_axes(lines)
+    numbers = [("{:+.2f}" if name.endswith("cosine") else "{:.1%}" if "share" in name else "{:.3f}").format
+               for name in records.RESPONSE_FIGURES]
+    tables = []
+    for block in blocks:
+        rows = [[line.label, readable(condition), *(mean_cell(
+            [response_of(run, condition, block, name) for run in line.runs], number)
+            for name, number in zip(records.RESPONSE_FIGURES, numbers))] for line in lines for condition in conditions]
+        tables.append(make_table(
+            f"{dataset}: response of the branches in block {block}",
+            ["model", "condition", *(name.replace("_", " ") for name in records.RESPONSE_FIGURES)],
+            [row for row in rows if any(row[2:])]))  # not every model has this block
+    return "\n".join([*tables, INTERVAL_NOTE, "", RESPONSE_NOTE, ""])
 
 
 def partial_noise_tables(dataset, lines):
@@ -429,10 +586,9 @@ def comparison_tables(dataset, lines, compared):
     names, severities = shared_corruptions(noise)
     tables = [paired_table(f"{dataset}: differences between models in accuracy", lines, {
         "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}, compared)]
-    if set(PIXEL_NOISES) <= set(names):
-        tables.append(paired_table(f"{dataset}: differences between models in the error under noise", noise, {
-            "error under gaussian and impulse noise, points": (
-                lambda run: 100 * noise_error(run, PIXEL_NOISES, severities), 2, False)}, compared))
+    tables += [paired_table(f"{dataset}: differences between models in the error under noise", noise, {
+        f"error under {what}, points": (lambda run: 100 * noise_error(run, part, severities), 2, False)}, compared)
+        for what, part in compared_noises(names).items()]
     return "\n".join(filter(None, tables))
 
 
@@ -462,12 +618,15 @@ def make_tables(dataset, lines, compared=()):
     noise = keep_runs(lines, lambda run: run.noise)
     partial = keep_runs(lines, met_partial_noise)
     attention = keep_runs(lines, lambda run: run.attention)
+    response = keep_runs(lines, lambda run: run.response)
     tables = {
         "table": result_table(dataset, lines),
         "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
             "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
             "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
         "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
+        "shift-table": shift_tables(dataset, noise) if len(compared_noises(shared_corruptions(noise)[0])) == 2 else "",
+        "response-table": response_tables(dataset, response) if response else "",
         "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",
         "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
@@ -478,24 +637,28 @@ def make_tables(dataset, lines, compared=()):
 # What is printed.
 
 SCREEN, WIDTH = 40, 100  # lines and characters
-OVERVIEW_NOTE = f"""Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval.
-Noise error: mean test error under Gaussian and impulse noise."""
+OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
+NOISE_NOTES = {  # by the last heading of a table
+    "noise error": "Noise error: mean test error under Gaussian and impulse noise.",
+    "fluctuation": "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."}
 
 
 def overview_rows(dataset, lines):
     """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
     noise = keep_runs(lines, lambda run: run.noise)
     names, severities = shared_corruptions(noise)
-    met_noise = {line.label: line.runs for line in noise} if set(PIXEL_NOISES) <= set(names) else {}
+    met_noise, noises = {line.label: line.runs for line in noise}, compared_noises(names)
     comparisons = compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
-    rows = [["seeds", "parameters", "val loss", "accuracy", f"minus {BASELINE}, points", "noise error"]]
+    rows = [["seeds", "parameters", "val loss", "accuracy", f"minus {BASELINE}, points",
+             *(["noise error"] if len(noises) < 2 else [what.split()[-1] for what in noises])]]
     for line in lines:
-        errors = [noise_error(run, PIXEL_NOISES, severities) for run in met_noise.get(line.label, [])]
+        errors = [[noise_error(run, part, severities) for run in met_noise.get(line.label, [])]
+                  for part in noises.values()] or [[]]
         loss, accuracy = (statistics.fmean(run.summary[name] for run in line.runs)
                           for name in ("val_loss", "test_accuracy"))
         rows.append([str(len(line.runs)), f"{line.runs[0].summary['parameters']:,}", f"{loss:.4f}", f"{accuracy:.2%}",
                      comparison_cells(comparisons.get(line.label), 2)[0],
-                     f"{statistics.fmean(errors):.1%}" if errors else ""])
+                     *(f"{statistics.fmean(sample):.1%}" if sample else "" for sample in errors)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     cells = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     labels = [in_print(dataset), *(line.label for line in lines)]
@@ -514,7 +677,8 @@ def overview(lines_of, out):
         for dataset, (heading, *rows) in tables.items():
             more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
             text += "\n".join([heading, *rows[:most], *more, "\n"] if most else [*more, ""])
-        text += OVERVIEW_NOTE
+        text += "\n".join([OVERVIEW_NOTE, *(note for heading, note in NOISE_NOTES.items() if any(
+            rows[0].split("\n")[0].endswith(heading) for rows in tables.values()))])
         if text.count("\n") + 2 <= SCREEN:
             break
     return text

@@ -53,10 +53,11 @@ def record(root, model="vit", seed=0, epochs=20, values=None, lambdas=(), accura
 
 
 def analyse(folder, accuracies, share=0.2, entropy=2.0, negative=0.0, weight=0.1, blocks=2,
-            conditions=("clean", "gaussian_noise_3")):
+            conditions=("clean", "gaussian_noise_3"), amounts=False):
     """Made-up analyses: accuracies {corruption: five}, figures of two heads in each block, and maps."""
     records.write_csv(folder / "noise.csv", [
         dict(corruption=name, severity=severity, test_loss=1.0, test_accuracy=accuracy)
+        | (dict(amount=0.1 * severity) if amounts else {})
         for name, values in accuracies.items() for severity, accuracy in enumerate(values, 1)])
     records.write_csv(folder / "attention.csv", [
         {"condition": condition, "block": block, "head": head, "uniform_share": 0.4, "ink_share": 0.6,
@@ -70,6 +71,23 @@ def analyse(folder, accuracies, share=0.2, entropy=2.0, negative=0.0, weight=0.1
     images[:, :, 4:10, 18:24] = 255
     records.write_arrays(folder / "attention.npz", dict(images=images, map_0=numpy.ones_like(maps), map_1=maps))
     return folder
+
+
+PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
+
+
+def record_parts(root, model, errors, branches, seeds, **options):
+    """Runs with amounts and responses: test errors in percent under PARTS at severity 1, one point more at each further
+    severity, two more in seed 0 of models but `vit`; noise to signal of two branches and of both together."""
+    for seed in range(seeds):
+        folder = analyse(record(root, model, seed, **options), {
+            name: [1 - (error + i + 2 * (seed == 0 and model != "vit")) / 100 for i in range(5)]
+            for name, error in zip(PARTS, errors)}, negative=0.1 * (model == "vitdiff"), amounts=True)
+        records.write_csv(folder / "response.csv", [
+            dict(condition=f"{name}_3", block=block, head=head) | dict.fromkeys(records.RESPONSE_FIGURES, "") | {
+                figure: value and value + block + 0.1 * head + 0.01 * seed for figure, value in zip(
+                    plot.BRANCHES, branches)}
+            for name in stats.GAUSSIAN_PARTS for block in range(2) for head in range(2)])
 
 
 def lines_in(*folders):
@@ -114,22 +132,9 @@ def interval(marks):
 
 # Which runs are drawn, and as which lines.
 
-def test_fresh_clone(tmp_path):
-    """Without a run of one's own the reference is drawn, in full."""
-    (tmp_path / "reference").symlink_to(REFERENCE)
-    datasets = lines_in(tmp_path)
-    assert {dataset: list(lines) for dataset, lines in datasets.items()} == {
-        "clutteredmnist": ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"],
-        **dict.fromkeys(["fashionmnist", "mnist"], ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"])}
-    assert all(line.front for lines in datasets.values() for line in lines.values())
-    row = cells_of(stats.make_tables("mnist", list(datasets["mnist"].values()))["table"])["vitdiffpaper"]
-    losses = [records.read_summary(REFERENCE / f"mnist-vitdiffpaper-seed{seed}")["test_loss"] for seed in range(20)]
-    assert row["test loss"].startswith(f"{statistics.fmean(losses):.4f} ± ") and row["seeds"] == "20"
-
-
 def test_folders_named(tmp_path):
     """Each folder named is drawn with its reference, muted and none twice, and no other folder is looked into; lines of
-    several folders are told apart by them."""
+    several folders are told apart by them. Of a data set without a run of one's own the reference is drawn in full."""
     for folder in ("a", "b", "a/reference", "a/other/deeper"):
         record(tmp_path / folder)
     record(tmp_path / "a/reference", dataset="kmnist")
@@ -221,15 +226,19 @@ def test_mean_and_band(tmp_path):
     assert len(axes.containers) == 2 and axes.containers[1].lines[2] == ()  # of one seed there is no interval
 
 
-@pytest.mark.parametrize("count, seeds", [(5, 2), (15, 1)])
-def test_labels_do_not_overlap(tmp_path, count, seeds):
+@pytest.mark.parametrize("count, seeds, amounts", [(5, 2, False), (15, 1, False), (15, 2, True)])
+def test_labels_do_not_overlap(tmp_path, count, seeds, amounts):
     """No text of a chart stands on another or outside the figure, however many lines end within a hair's breadth."""
     noises = ["gaussian_noise", "impulse_noise", *records.PARTIAL_NOISE.values()]
-    for i, seed in itertools.product(range(count), range(seeds)):
-        values = [0.9 - 0.018 * epoch + 0.0001 * i for epoch in range(20)]
-        analyse(record(tmp_path, f"vitofalongername{i}" if i else "vit", seed, values=values),
-                dict.fromkeys(noises, [0.9 - 0.01 * i] * 5))
-    for name, figure in charts(tmp_path).items():
+    for i in range(count):
+        model, values = f"vitofalongername{i}" if i else "vit", [0.9 - 0.018 * j + 0.0001 * i for j in range(20)]
+        if amounts:
+            record_parts(tmp_path, model, [20, 10, 5, 6 + i], (0.4, 0.5, 0.1), seeds, values=values)
+        for seed in range(0 if amounts else seeds):
+            analyse(record(tmp_path, model, seed, values=values), dict.fromkeys(noises, [0.9 - 0.01 * i] * 5))
+    figures = charts(tmp_path)
+    assert ("response" in figures) == ("shift" in figures) == amounts == ("pixel-noise" not in figures)
+    for name, figure in figures.items():
         figure.draw_without_rendering()
         texts = [*figure.texts, *itertools.chain(*(legend.get_texts() for legend in figure.legends)),
                  *itertools.chain(*((*axes.texts, axes.title) for axes in figure.axes))]
@@ -250,13 +259,10 @@ def test_result_table(tmp_path):
         record(tmp_path, "vit", seed, epochs=1, values=[loss], accuracy=[0.980, 0.981, 0.982][seed])
     record(tmp_path, "vitdiff", 0, epochs=1, values=[0.51], parameters=37_290)
     half = f"{4.303 * 0.02 / math.sqrt(3):.4f}"  # Student's t with 2 degrees of freedom; the deviation of the losses
-    expected = {
-        "vit": {"model": "vit", "parameters": "33,034", "seeds": "3", "validation loss": f"0.5200 ± {half}",
-                "test loss": f"0.5100 ± {half}", "test accuracy": "**98.10%** ± 0.25%",
-                "published": "0.638, 0.626, 95.51%"},
-        "vitdiff": {"model": "vitdiff", "parameters": "37,290", "seeds": "1", "validation loss": "**0.5100**",
-                    "test loss": "**0.5000**", "test accuracy": "98.00%", "published": "0.624, 0.618, 95.75%"}}
-    assert cells_of(tables(tmp_path)["table"]) == expected
+    assert rows_of(tables(tmp_path)["table"]) == [
+        ["model", "parameters", "seeds", "validation loss", "test loss", "test accuracy", "published"],
+        ["vit", "33,034", "3", f"0.5200 ± {half}", f"0.5100 ± {half}", "**98.10%** ± 0.25%", "0.638, 0.626, 95.51%"],
+        ["vitdiff", "37,290", "1", "**0.5100**", "**0.5000**", "98.00%", "0.624, 0.618, 95.75%"]]
     assert list(tables(tmp_path)) == ["table"]  # of a single pair nothing more can be said
     record(tmp_path, "vitbalanced", epochs=1)
     assert cells_of(tables(tmp_path)["table"])["vitbalanced"]["published"] == ""
@@ -264,17 +270,13 @@ def test_result_table(tmp_path):
     assert "published" not in tables(tmp_path, dataset="kmnist")["table"]
 
 
-def test_t_quantiles():
-    """They are those of the tables."""
+def test_intervals():
+    """Quantiles of t are those of the tables. Of samples of normal values 95% of the intervals hold the mean, and a
+    true difference as large as the detectable one is shown in 80%: by the interval, or by p after Holm's correction."""
     known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 120: 1.9799}
     assert {freedom: round(stats.t_quantile(freedom), 4) for freedom in known} == known
     assert [round(stats.t_quantile(freedom, 0.6), 3) for freedom in (1, 2, 5, 8)] == [1.376, 1.061, 0.920, 0.889]
     assert stats.half_interval([1.0]) is None and stats.half_interval([1.0, math.nan]) is None
-
-
-def test_coverage():
-    """Of samples of normal values 95% of the intervals hold the mean, and a true difference as large as the detectable
-    one is shown in 80%."""
     for size in (3, 5, 10, 20):
         samples = numpy.random.default_rng(size).normal(size=(20_000, size))
         halves = stats.t_quantile(size - 1) * samples.std(1, ddof=1) / math.sqrt(size)
@@ -283,10 +285,17 @@ def test_coverage():
         if size > 3:  # the shifted central t is a rough stand-in below
             difference = stats.detectable_difference(samples[0].tolist()) / samples[0].std(ddof=1)
             assert numpy.mean(abs(samples.mean(1) + difference) > halves) == pytest.approx(0.8, abs=0.015)
+        if size > 5:  # with 5 seeds p is 1/16 at least
+            shown = [3 * stats.sign_flip_p(sample.tolist()) < 0.05
+                     for sample in samples[:1_000] + stats.detectable_effect(size, 3)]
+            assert statistics.fmean(shown) == pytest.approx(0.8, abs=0.04)
+    assert stats.detectable_effect(5, 1) == stats.detectable_effect(6, 2) == math.inf
 
 
-def test_sign_flip_p():
-    """p is the share of all choices of signs whose sum is as far from 0; of more than 40 values, of those drawn."""
+def test_p_values():
+    """p is the share of all choices of signs whose sum is as far from 0; of more than 40 values, of those drawn. That
+    of Student's t is 5% where the interval ends at 0. By Holm's correction the smallest p is multiplied by the number
+    of tests, the next by one less, and none is less than one before."""
     # Of 1, 2, 4 only their own signs, and all of the others, reach a sum of 7: 2 of 8.
     assert stats.sign_flip_p([1.0, 2.0, 4.0]) == stats.sign_flip_p([-1.0, -2.0, -4.0]) == 2 / 8
     # Of 1, 2, -4 sums are 1, 3, 5, 7 and their opposites; |-1| is reached by all 8. Of 3, -1, 3 they are 1, 1, 5, 7.
@@ -299,13 +308,11 @@ def test_sign_flip_p():
         sums = [abs(sum(sign * value for sign, value in zip(signs, values)))
                 for signs in itertools.product([-1, 1], repeat=size)]
         assert stats.sign_flip_p(values) == statistics.fmean(found >= abs(sum(values)) - 1e-12 for found in sums)
-
-
-def test_holm():
-    """The smallest p is multiplied by the number of tests, the next by one less, and none is less than one before."""
+    mean = 4.3027 / math.sqrt(3)  # of three values whose deviation is 1
+    assert stats.student_p([mean - 1, mean, mean + 1]) == pytest.approx(0.05, abs=1e-5)
+    assert stats.student_p([0.0, 0.0]) == 1 and stats.student_p([0.5, 0.5]) == 1e-15
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert stats.holm([0.2]) == [0.2] and stats.holm([]) == []
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0] and stats.holm([0.2]) == [0.2] and stats.holm([]) == []
 
 
 def test_comparison_with_vit(tmp_path):
@@ -436,15 +443,62 @@ def record_noises(root, errors):
             name: [1 - (value + seed * (model != "vit")) / 100] * 5 for name, value in zip(names, values)}, share=0.2)
 
 
-@pytest.mark.parametrize("seeds, bold", [(6, False), (7, True)])
-def test_each_corruption(tmp_path, seeds, bold):
-    """Each corruption has a cell, bold where p is below 0.05 after Holm's correction for all cells."""
-    for seed in range(seeds):  # blur: as often better as worse, or once more
-        for model, noise, blur in [("vit", 0.1, 0.3), ("vitdiff", 0.08, 0.3 + 0.01 * (-1) ** seed)]:
-            analyse(record(tmp_path, model, seed), dict(gaussian_noise=[1 - noise] * 5, blur=[1 - blur] * 5))
-    (_, *cells), = rows_of(tables(tmp_path)["noise-table"].split("## ")[3])[1:]
-    assert cells[0] == ("**-2.00 (-2.00 to -2.00)**" if bold else "-2.00 (-2.00 to -2.00)")  # p is 2 * 2 / 2**seeds
-    assert cells[1].startswith("+0.")
+@pytest.mark.parametrize("seeds, bold", [(7, False), (8, True)])
+def test_tables_of_the_parts(tmp_path, seeds, bold):
+    """Noise, its shift alone and its fluctuation alone have tables of errors and of differences, by severity, too,
+    apart from plain corruptions, and models are compared by them. A cell is bold where p is below 0.05 by Holm for all.
+    """
+    record_parts(tmp_path, "vit", [20, 10, 5, 6], (0.4, "", 0.4), seeds)
+    record_parts(tmp_path, "vitdiff", [12, 4, 4.9, 9], (0.6, 0.5, 0.1), seeds)
+    lines = list(lines_in(tmp_path)["mnist"].values())
+    written = stats.make_tables("mnist", lines, [["vitdiff", "vit"]])
+    assert list(cells_of(written["noise-table"])["vit"]) == ["model", "seeds", "gaussian noise", "mean"]
+    errors, paired, each, severities, differences = map(rows_of, written["shift-table"].split("## ")[1:])
+    assert errors[0][2:] == list(map(stats.readable, PARTS))
+    assert errors[1][1:] == [str(seeds), *(f"{value}.00% ± 0.00%" for value in (22, 12, 7, 8))]
+    extra, half = 2 / seeds, stats.t_quantile(seeds - 1) * 2 / seeds  # of seed 0 alone, so that it is the mean's error
+    cells = {shift: stats.difference_cell(shift + extra, half) for shift in (-8, -6, -0.1, 3)}
+    p, p_t = 2 / 2**seeds, stats.student_p([-4.0] + [-6.0] * (seeds - 1))
+    detectable = stats.detectable_effect(seeds, 1) * 2 / math.sqrt(seeds)
+    row = [cells[-6], f"{seeds} of {seeds}", f"{p:.3g}", f"{p_t:.3g}", f"{p:.3g}", f"{detectable:.2f}"]
+    assert paired[1][7:13] == rows_of(written["comparisons"].split("## ")[2])[1][1:] == row
+    assert each[1][1:] == [f"**{cell}**" if bold and shift != -0.1 else cell for shift, cell in cells.items()]
+    assert severities[0][-1] == "severity 5 (0.5)"
+    assert severities[3] == ["gaussian noise shift", "vit", *(f"{10 + i}.00% ± 0.00%" for i in range(5))]
+    assert differences[1:] == [[name, "vitdiff", *[cell] * 5]
+                               for name, cell in zip(map(stats.readable, PARTS[:3]), cells.values())]
+
+
+def test_charts_of_the_parts(tmp_path):
+    """Errors stand in rows from 0, below the family that the records show, the largest of a family first; the response
+    of each branch above and below that of both, which self-attention has alone; both with intervals."""
+    for model, errors, branches, lambdas in [
+            ("vit", [20, 10, 5, 6], (0.4, "", 0.4), ()), ("vitcosine", [30, 9, 5, 6], (0.3, "", 0.3), ()),
+            ("vitdiff", [12, 4, 5, 9], (0.6, 0.5, 0.1), (0.5,)), ("vitsum", [19, 9, 5, 9], (0.6, 0.5, 0.7), (-0.5,))]:
+        record_parts(tmp_path, model, errors, branches, 2, lambdas=lambdas)
+    figures = charts(tmp_path)
+    assert [[axes.get_title() for axes in figures[name].axes] for name in ("noise", "shift-by-severity")] == [
+        ["Gaussian noise"], [stats.readable(name).capitalize() for name in PARTS]]
+
+    def found(axes, model):
+        """{how far below its row: [mean, ends]}"""
+        place = rows.index(model)
+        heights = [(marks.lines[0].get_ydata()[0] - place, marks) for marks in axes.containers]
+        return {round(below, 1): interval(marks) for below, marks in heights if abs(below) < 0.5}
+
+    rows = [label.get_text() for label in figures["shift"].axes[0].get_yticklabels()]
+    assert rows == ["Self-attention", "vitcosine", "vit", "Differential attention", "vitdiff",
+                    "Adding in place of subtracting", "vitsum"] and figures["shift"].axes[0].get_xlim()[0] == 0
+    for axes, mean in zip(figures["shift"].axes, (0.15, 0.07, 0.08), strict=True):
+        assert found(axes, "vitdiff") == {0: pytest.approx([mean, mean - 0.127062, mean + 0.127062], abs=1e-5)}
+    rows = [label.get_text() for label in figures["response"].axes[0].get_yticklabels()]
+    assert len(found(figures["response"].axes[1], "vit")) == 1
+    assert found(figures["response"].axes[1], "vitdiff") == {  # block 1, mean of two heads and two seeds
+        below: pytest.approx([mean, mean - 0.063531, mean + 0.063531], abs=1e-5)
+        for below, mean in [(-0.2, 1.655), (0.2, 1.555), (0, 1.155)]}
+    row = rows_of(tables(tmp_path)["response-table"].split("## ")[2])[5]
+    assert row == ["vitdiff", "gaussian noise shift, severity 3", *(
+        f"{mean} ± 0.064" for mean in ("1.655", "1.555", "1.155")), *[""] * 5]
 
 
 def test_noise_on_a_part(tmp_path):
@@ -464,28 +518,11 @@ def test_noise_on_a_part(tmp_path):
         "-4.00 (-4.00 to -4.00)", "-28.2 (-75.8 to +19.5)"]  # 1 of 8 and 2 of 10 added points, less 8 of 18
     assert other[1].startswith("-9.50 (") and other[-5:] == [""] * 5
     assert len(figures["noise"].axes) == 3
-    for axes, mean in zip(figures["partial-noise"].axes, (-2.5, -6.5, -11.5)):
+    errors = [marks.lines[0].get_xdata()[0] for marks in figures["pixel-noise"].axes[0].containers]
+    assert sorted(errors) == pytest.approx([0.095, 0.125, 0.25])  # of Gaussian and impulse noise
+    for axes, mean in zip(figures["partial-noise"].axes, (-11.5, -2.5, -6.5)):
         found = {round(marks.lines[0].get_ydata()[0]): interval(marks) for marks in axes.containers}  # vit is 0
         assert len(found) == 2 and pytest.approx([mean, mean - half, mean + half], abs=1e-3) in found.values()
-
-
-def test_pixel_noise(tmp_path):
-    """The chart has the mean error under Gaussian and impulse noise of each line with its interval, from 0, below the
-    family that its records show, the largest error of a family first."""
-    for seed, (model, error, negative, lambdas) in itertools.product(range(2), [
-            ("vit", 20, 0.0, ()), ("vitcosine", 30, 0.0, ()), ("vitdiff", 8, 0.3, (0.5,)), ("vitsum", 19, 0.0, (-0.5,)),
-            ("vithybrid", 9, 0.1, (0.5, 0.5))]):
-        errors = [1 - (error + seed) / 100] * 5
-        analyse(record(tmp_path, model, seed, lambdas=lambdas), dict(gaussian_noise=errors, impulse_noise=errors),
-                negative=negative)
-    (axes,) = charts(tmp_path)["pixel-noise"].axes
-    rows = [label.get_text() for label in axes.get_yticklabels()]
-    assert rows == ["Self-attention", "vitcosine", "vit", "Differential attention", "vithybrid", "vitdiff",
-                    "Adding in place of subtracting", "vitsum"]
-    found = {rows[round(marks.lines[0].get_ydata()[0])]: interval(marks) for marks in axes.containers}
-    for model, mean in dict(vit=0.205, vitcosine=0.305, vitdiff=0.085, vitsum=0.195, vithybrid=0.095).items():
-        assert found[model] == pytest.approx([mean, mean - 0.063531, mean + 0.063531], abs=1e-5)
-    assert axes.get_xlim()[0] == 0
 
 
 def test_flags(tmp_path, monkeypatch, capsys):
@@ -536,7 +573,7 @@ def test_unlike_analyses(tmp_path):
 def figures_of(run):
     """All that is drawn or written of a run."""
     return (run.settings, run.metrics, {name: run.summary[name] for name in records.SUMMARY_FIGURES}, run.noise,
-            run.attention, [array.tolist() for array in run.maps or []])
+            run.amounts, run.attention, run.response, [array.tolist() for array in run.maps or []])
 
 
 def damaged(chance, path, content):
@@ -589,6 +626,8 @@ def test_damage(tmp_path):
     ("metrics.csv", "epoch,val_loss,val_accuracy\n"), ("metrics.csv", "epoch,val_loss\n1,0.5\n"),
     ("metrics.csv", "epoch,val_loss,val_accuracy\n" + "".join(f"{i},1e300,0.5\n" for i in range(1, 21))),
     ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"), ("noise.csv", b"\xff\x00"),
+    ("noise.csv", "corruption,severity,amount,test_loss,test_accuracy\nblur,1,nan,0.5,0.5\n"),
+    ("response.csv", "condition,block,head,noise_to_signal\nblur_3,1,0,0.5\n"),
     ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"), ("attention.csv", ""),
     ("attention.csv", f"condition,block,head,{','.join(records.ATTENTION_FIGURES)}\nclean,0,1,0,0,0,0,0,0,0\n"),
     ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive"), *(("attention.npz", shapes) for shapes in [
@@ -635,17 +674,19 @@ def test_command(tmp_path):
 
 
 def test_what_is_printed(tmp_path):
-    """A table a data set with the figures of the records, in lines of at most 100 characters."""
+    """A table a data set with the figures of the records, in lines of at most 100 characters; the error under noise is
+    that of its two parts where these are on record."""
     record_noises(tmp_path, {"vit": [20, 12, 10, 30, 40], "vitdiff": [8, 9, 3, 16, 40]})
-    record(tmp_path, dataset="kmnist", model="vitwith" + 5 * "averylongname")
+    record_parts(tmp_path, "vitwith" + 5 * "averylongname", [8, 4, 3], (), 1, dataset="kmnist")
     text = stats.overview(plot.arrange(records.find_runs(tmp_path)[0]), tmp_path).splitlines()
     cells = [re.split("  +", line) for line in text]
-    assert cells[-5:-2] == [
+    assert cells[-6:-3] == [
         ["vit", "2", "33,034", "0.5050", "98.00%", "25.0%"],
         ["vitdiff", "2", "33,034", "0.5050", "98.00%", "+0.00 (+0.00 to +0.00)", "12.5%"], [""]]
-    assert cells[-6] == ["MNIST", "seeds", "parameters", "val loss", "accuracy", "minus vit, points", "noise error"]
-    assert cells[0][0] == "KMNIST" and max(map(len, text)) <= 100
-    assert (text[1][:34].strip() + "".join(map(str.strip, text[2:4]))).startswith("vitwith" + 5 * "averylongname")
+    assert cells[-7] == ["MNIST", "seeds", "parameters", "val loss", "accuracy", "minus vit, points", "noise error"]
+    assert cells[0] == ["KMNIST", *cells[-7][1:-1], "shift", "fluctuation"] and cells[1][-2:] == ["8.0%", "7.0%"]
+    assert max(map(len, text)) <= 100 and text[-2].startswith("Noise error:") and text[-1].startswith("Shift, fluct")
+    assert "".join([cells[1][0], *map(str.strip, text[2:6])]).startswith("vitwith" + 5 * "averylongname")
 
 
 @pytest.mark.parametrize("datasets, models", [(1, 1), (3, 14), (1, 60), (9, 6), (30, 2)])

@@ -23,17 +23,17 @@ def run_benchmark(*flags):
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
     """Its figures follow from whole steps, by a clock that gives every step 20 ms, every evaluation 500 ms, and the
-    product its own time; nothing is trained."""
-    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4])
+    product, which is in the precision of the run, its own time; nothing is trained."""
+    clock, results = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4]), []
 
     def time_in_turn(functions, device, rounds, calls):
-        for function in functions:
-            function()
+        results.append([function() for function in functions])
         return next(clock)
 
     monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
-    assert run_benchmark("--model", "vit", "vitdiff", "--seed", "0", "1", "--compile", "no", "--runs-dir",
-                         tmp_path) == 0
+    assert run_benchmark("--model", "vit", "vitdiff", "--seed", "0", "1", "--compile", "no", "--amp", "bfloat16",
+                         "--runs-dir", tmp_path) == 0
+    assert results[0][-1].dtype == torch.bfloat16
     rows = table(tmp_path / "benchmark.csv")
     assert [(row["model"], row["seeds"], row["compiled"]) for row in rows] == [
         ("vit", "1", "False"), ("vit", "2", "False"), ("vitdiff", "1", "False"), ("vitdiff", "2", "False")]
@@ -112,7 +112,7 @@ def test_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
         patch.setattr(machine, "started_by_torchrun", lambda: True)
         assert run_benchmark("--runs-dir", tmp_path / "runs") == 2
         assert_one_line(capsys, "benchmark.py: error: ", "torchrun")
-    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), (["--steps"], ["--steps"])]:
+    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"])]:
         assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
         assert_one_line(capsys, "benchmark.py: error: ", *words)
     assert not (tmp_path / "runs").exists()

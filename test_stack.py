@@ -98,15 +98,14 @@ def cut_rows(net, leaves):
     return other.weights()
 
 
-def test_seeds_of_a_stack(monkeypatch):
+def test_seeds_of_a_stack():
     """Each seed of a stack has the initial weights and the batches that it has alone."""
     seeds = [3, 0, 4294967295]
     together, splits, settings = make_runs(seeds=seeds)
     (images, labels, _), *_ = train.epoch_batches(splits["train"], seeds, 1, settings)
     for i, seed in enumerate(seeds):
-        alone, *_ = make_runs(seeds=[seed])
         expected = analysis.make_model(settings | dict(seed=seed)).state_dict()
-        for state in (together.net.model_state(i), alone.net.model_state(0)):
+        for state in (together.net.model_state(i), make_runs(seeds=[seed])[0].net.model_state(0)):
             assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
         (own_images, own_labels, _), *_ = train.epoch_batches(splits["train"], [seed], 1, settings)
         assert torch.equal(images[i], own_images[0]) and torch.equal(labels[i], own_labels[0])
@@ -182,32 +181,19 @@ def test_stacks(tmp_path, capsys, monkeypatch, attention, flags, expected, why):
 
 # Compiled and captured.
 
-def test_when_to_compile(tmp_path, monkeypatch):
-    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; what was decided
-    is a fact of the run."""
-    monkeypatch.setattr(stack, "COMPILED_STEPS", 220)  # an epoch of MNIST has 110 batches of 500
-    monkeypatch.setattr(stack, "compile_model", lambda net, *arguments: net)
-    end_at(monkeypatch, epoch=1)
-    for number, (flags, compiler, expected) in enumerate([
-            (["--epochs", "2"], "g++", True), (["--epochs", "1"], "g++", False),
-            (["--epochs", "1", "--seed", "0", "1"], "g++", True),
-            (["--epochs", "1", "--seed", "0", "1", "--stack", "1"], "g++", False),
-            (["--epochs", "2"], None, False), (["--epochs", "2", "--compile", "no"], "g++", False),
-            (["--epochs", "1", "--compile", "yes"], None, True)]):
-        monkeypatch.setattr(stack.shutil, "which", lambda name: compiler)
-        assert command(*TINY, *flags, "--runs-dir", tmp_path / str(number)) == 130
-        facts = [read_json(path)["facts"] for path in (tmp_path / str(number)).glob("*/config.json")]
-        assert {fact["compiled"] for fact in facts} == {expected}
-
-
-@pytest.mark.parametrize("choice, amp, ranks, expected", [
-    ("auto", "off", 1, False),  # until it is measured
-    ("yes", "off", 1, True), ("yes", "bfloat16", 1, True), ("yes", "float16", 1, False), ("yes", "off", 2, False)])
-def test_when_to_capture(monkeypatch, capsys, choice, amp, ranks, expected):
-    """On CUDA steps are captured where that is asked for and can be; where it cannot be, a line says so."""
+@pytest.mark.parametrize("choice, steps, device, amp, ranks, compiler, expected", [
+    ("auto", 5_000, "cpu", "off", 1, "g++", True), ("auto", 4_999, "cpu", "off", 1, "g++", False),
+    ("auto", 5_000, "cpu", "off", 1, None, False), ("no", 5_000, "cpu", "off", 1, "g++", False),
+    ("yes", 1, "cpu", "float16", 2, None, True), ("auto", 10**9, "cuda", "off", 1, "g++", False),  # until measured
+    ("yes", 1, "cuda", "bfloat16", 1, None, True), ("yes", 1, "cuda", "float16", 1, None, "not captured"),
+    ("yes", 1, "cuda", "off", 2, None, "not captured")])
+def test_when_to_compile(monkeypatch, capsys, choice, steps, device, amp, ranks, compiler, expected):
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough. On CUDA steps are
+    captured where that is asked for and can be; a line says where it cannot."""
+    monkeypatch.setattr(stack.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(machine, "world_size", lambda: ranks)
-    assert stack.is_compiled(choice, 10**9, torch.device("cuda"), amp) is expected
-    assert ("not captured" in capsys.readouterr().out) == (choice == "yes" and not expected)
+    assert stack.is_compiled(choice, steps, torch.device(device), amp) is (expected is True)
+    assert ("not captured" in capsys.readouterr().out) == (expected == "not captured")
 
 
 @pytest.mark.parametrize("model, backend", [("vit", "inductor"), ("vitbuffered", "eager")])
@@ -219,13 +205,15 @@ def test_compiled_losses(tmp_path, monkeypatch, model, backend):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setitem(MODELS, "vitbuffered", dict(attention=Buffered))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for choice in ("no", "yes"):
+    # An epoch of MNIST has 110 batches of 500; those of a stack are counted for each seed.
+    monkeypatch.setattr(stack, "COMPILED_STEPS", 220 if model == "vit" else 110)
+    for choice in ("no", "auto"):
         with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
                                          fail_on_recompile_limit_hit=True):
             assert command(*TINY, "--epochs", "1", "--model", model, "--head-hidden-dim", "0", "--seed", "0", "1",
                            "--compile", choice, "--runs-dir", tmp_path / choice) == 0
     for plain in (tmp_path / "no").iterdir():
-        compiled = tmp_path / "yes" / plain.name
+        compiled = tmp_path / "auto" / plain.name
         assert [records.read_config(run)[1]["compiled"] for run in (plain, compiled)] == [False, True]
         for name in ("train_loss", "val_loss"):
             torch.testing.assert_close(column(compiled, name), column(plain, name), rtol=0, atol=1e-4)
@@ -282,11 +270,8 @@ def graphs(monkeypatch):
     stack.capture_stream.cache_clear()
 
 
-def test_capture(graphs):
-    """A captured step runs as it is for the first three batches; then its graph is replayed on each batch's own images
-    and labels."""
-    calls = []
-
+def make_capture(fail=None):
+    """A step that is captured, and the list of what it was called for."""
     def step(images, labels, share):
         def kernel():
             losses.copy_(share * images.sum(1))
@@ -294,15 +279,24 @@ def test_capture(graphs):
 
         losses, correct = torch.zeros(2), torch.zeros(2, dtype=torch.long)
         calls.append(kernel)
-        if Graph.recording:
-            Graph.recording.kernel = kernel
-        else:
+        if not Graph.recording:
             kernel()
+        elif fail:
+            raise fail
+        else:
+            Graph.recording.kernel = kernel
         return losses, correct
 
-    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    calls, optimizer = [], torch.optim.AdamW([torch.zeros(1)])
     run = stack.capture(step, optimizer)
     assert optimizer.param_groups[0]["capturable"]
+    return run, calls
+
+
+def test_capture(graphs):
+    """A captured step runs as it is for the first three batches; then its graph is replayed on each batch's own images
+    and labels."""
+    run, calls = make_capture()
     for _ in range(6):
         images, labels = torch.rand(2, 3), torch.randint(10, (2, 3))
         losses, correct = run(images, labels, 1 / 3)
@@ -311,20 +305,16 @@ def test_capture(graphs):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("error, expected", [
-    (RuntimeError("operation not permitted\nwhen stream is capturing"), records.UserError),
-    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)])
-def test_steps_that_cannot_be_captured(graphs, error, expected):
+@pytest.mark.parametrize("error, expected, words", [
+    (RuntimeError("not permitted\nwhen capturing"), records.UserError, "(not permitted): give --compile no"),
+    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "memory")])
+def test_steps_that_cannot_be_captured(graphs, error, expected, words):
     """What fails in the capture alone is one line that names the flag; too little memory stays what it is."""
-    def step(images, labels, share):
-        if Graph.recording:
-            raise error
-
-    run = stack.capture(step, torch.optim.AdamW([torch.zeros(1)]))
+    run, _ = make_capture(error)
     with pytest.raises(expected) as raised:
         for _ in range(4):
             run(torch.rand(2, 3), torch.zeros(2, 3), 1 / 3)
-    assert ("captured (operation not permitted): give --compile no" in str(raised.value)) == (error is not raised.value)
+    assert words in str(raised.value)
 
 
 # On CUDA.

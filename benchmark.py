@@ -29,7 +29,7 @@ ROUNDS, CALLS = 10, 16
 NOTES = dict(
     benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
               "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
-              "square matrices in the same run and precision; warm-up is the first step, compilation included.",
+              "square matrices in the same run, on CUDA in its precision; warm-up is the first step, compilation included.",
     growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
@@ -75,6 +75,13 @@ def training_flops(settings):
     return counter.get_total_flops()
 
 
+def largest_product(amp, device):
+    """Side and type of the matrices whose product is the peak: on CUDA in the precision of the run; a CPU may take a
+    minute for one in half precision."""
+    return (8192, machine.precision(amp, device)["dtype"] or torch.float32) if device.type == "cuda" else (
+        2048, torch.float32)
+
+
 def benchmark_steps(experiments, splits, device, with_compiled):
     """Rows of benchmark.csv: each experiment by one seed and, where several are given, by their stack; plain and, if
     so wanted, compiled."""
@@ -92,8 +99,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                              batch_size=settings["batch_size"], parameters=facts["parameters"],
                              training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
-    side = 8192 if device.type == "cuda" else 2048
-    dtype = machine.precision(settings["amp"], device)["dtype"] or torch.float32
+    side, dtype = largest_product(settings["amp"], device)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, ROUNDS, CALLS)
     peak, one_seed = 2 * side**3 / statistics.median(products), {}

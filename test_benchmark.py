@@ -10,6 +10,7 @@ import torch
 
 import benchmark
 import machine
+import stack
 import train
 from test_data import CPU, cut, mnist
 from test_train import TINY, assert_one_line, command, needs_cuda, settings_for, small, table
@@ -23,7 +24,7 @@ def run_benchmark(*flags):
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
     """Its figures follow from whole steps, by a clock that gives every step 20 ms, every evaluation 500 ms, and the
-    product its own time; nothing is trained."""
+    product its own time; nothing is trained, nor compiled where that cannot be, as on CUDA in float16."""
     clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4])
 
     def time_in_turn(functions, device, rounds, calls):
@@ -32,7 +33,9 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
         return next(clock)
 
     monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
-    assert run_benchmark("--model", "vit", "vitdiff", "--seed", "0", "1", "--compile", "no", "--runs-dir",
+    monkeypatch.setattr(stack, "is_compiled", lambda choice, steps, device, amp, is_compiled=stack.is_compiled: (
+        is_compiled(choice, steps, torch.device("cuda"), "float16")))
+    assert run_benchmark("--model", "vit", "vitdiff", "--seed", "0", "1", "--compile", "yes", "--runs-dir",
                          tmp_path) == 0
     rows = table(tmp_path / "benchmark.csv")
     assert [(row["model"], row["seeds"], row["compiled"]) for row in rows] == [
@@ -50,7 +53,11 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
         assert float(row["ms_low"]) <= 20 <= float(row["ms_high"])
     out = capsys.readouterr().out
-    assert out == (tmp_path / "benchmark.md").read_text() and "| vitdiff, mnist | 2 | no | 20.0 (" in out
+    assert out.endswith((tmp_path / "benchmark.md").read_text()) and "| vitdiff, mnist | 2 | no | 20.0 (" in out
+    assert out.startswith("training steps are not captured") and out.count("not captured") == 1
+    for amp, dtype in dict(off=torch.float32, bfloat16=torch.bfloat16).items():
+        assert [benchmark.largest_product(amp, device) for device in (torch.device("cuda"), CPU)] == [
+            (8192, dtype), (2048, torch.float32)]
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}
 
 
@@ -112,7 +119,7 @@ def test_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
         patch.setattr(machine, "started_by_torchrun", lambda: True)
         assert run_benchmark("--runs-dir", tmp_path / "runs") == 2
         assert_one_line(capsys, "benchmark.py: error: ", "torchrun")
-    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), (["--steps"], ["--steps"])]:
+    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"])]:
         assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
         assert_one_line(capsys, "benchmark.py: error: ", *words)
     assert not (tmp_path / "runs").exists()

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import torch
 import data
 import machine
 import records
-from test_data import CPU
-from test_train import (SMALL, TINY, assert_one_line, assert_same_run, column, command, end_at, launch, read_json,
-                        run_plugin, small, untimed)
+from test_data import CPU, HERE, cut, mnist
+from test_train import (SMALL, STACK, TINY, assert_one_line, assert_same_run, column, command, end_at, finished_stack,
+                        launch, read_json, run_plugin, small, untimed)
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -102,6 +103,8 @@ def test_threads_of_a_resumed_run(threads, tmp_path):
     """A run is resumed with the threads that it began with, however many cores are idle by then, unless --threads says
     otherwise; others beside it have as many as there are idle cores."""
     used, flags = [], [*TINY, "--epochs", "2", "--runs-dir", tmp_path]
+    splits = {name: cut(split, 100) for name, split in mnist().items()}
+    threads.setattr(data, "load_splits", lambda *arguments: splits)
     threads.setattr(machine, "idle_cores", lambda: 3.0)
     with pytest.MonkeyPatch.context() as patch:
         end_at(patch, epoch=2)
@@ -120,22 +123,25 @@ def test_threads_of_a_resumed_run(threads, tmp_path):
 
 # The terminal.
 
-def test_closed_terminal(tmp_path, monkeypatch):
-    """A training outlives the terminal that it was started in, progress bar and all, and so does its record."""
-    plugin = run_plugin(tmp_path, monkeypatch, SMALL)
-    flags = [*TINY, "--epochs", "3", "--plugin", plugin, "--runs-dir", tmp_path]
+def test_closed_terminal(finished_stack, tmp_path, monkeypatch, capsys):
+    """A training outlives the terminal that it was started in, progress bar and all. When it is killed later on and
+    started again, it leaves the record of one that was never interrupted."""
+    flags = [*STACK, "--plugin", run_plugin(tmp_path, monkeypatch, SMALL), "--runs-dir", tmp_path]
     process, terminal = pty.fork()
     if not process:
-        os.chdir(Path(__file__).parent)
-        os.execve(sys.executable, [sys.executable, "train.py", *map(str, flags)], os.environ | dict(OMP_NUM_THREADS="1"))
+        os.chdir(HERE)
+        os.execve(sys.executable, [sys.executable, "train.py", *map(str, flags)],
+                  os.environ | dict(OMP_NUM_THREADS="1", KILLED="rank 0 epoch 3 batch 3"))
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     said = b""
     while b" epoch 1/3 " not in said:
         said += os.read(terminal, 1000)
     os.close(terminal)
-    assert os.waitpid(process, 0)[1] == 0 and b"steps" in said
-    assert command(*flags, "--plugin", plugin, "--runs-dir", tmp_path / "other") == 0
-    assert_same_run(tmp_path / "mnist-vitdiff-seed0", tmp_path / "other/mnist-vitdiff-seed0")
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL and b"steps" in said
+    assert command(*flags) == 0
+    assert capsys.readouterr().out.count("resumed after epoch 2 of 3") == 2
+    for folder in finished_stack.iterdir():
+        assert_same_run(tmp_path / folder.name, folder)
 
 
 # Processes.

@@ -19,14 +19,11 @@ from test_models import randomize
 from test_train import (assert_one_line, command, copy_run, finished, loss_by_hand, read_json, settings_for, small,
                         table)
 
-pytestmark = pytest.mark.usefixtures("small")
-
-
 @pytest.fixture(scope="module", autouse=True)
-def few_corruptions():
+def few_corruptions(small):
     """A few of the corruptions, so that an analysis takes a moment."""
+    names = ("gaussian_noise", "gaussian_noise_shift", "distractors")
     with pytest.MonkeyPatch.context() as patch:
-        names = ("gaussian_noise", "gaussian_noise_shift", "distractors")
         patch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in names})
         yield
 
@@ -51,21 +48,12 @@ def test_attention_figures():
     assert math.isnan(analysis.signal_to_noise(0.0, 0.0))
 
 
-class Looker(torch.nn.Module):
-    """A model whose class token looks as `look` says: images (B, C, H, W) -> weights of the patches (B, P)."""
-
-    def __init__(self, look):
-        super().__init__()
-        self.look = look
-
-    def attention_maps(self, images):
-        weights = F.pad(self.look(images), (1, 0))
-        return [weights[:, None, None].expand(-1, 2, weights.shape[1], -1)]
-
-
 def measured(look, split, settings):
-    """The rows of attention.csv of a Looker, by condition; its two heads are equal."""
-    (rows,) = analysis.measure_attention([Looker(look)], split, settings)
+    """The rows of attention.csv, by condition, of a model whose class token looks as `look` says in each of two heads:
+    images (B, C, H, W) -> weights of the patches (B, P)."""
+    model = torch.nn.Module()
+    model.attention_maps = lambda images: [F.pad(look(images), (1, 0))[:, None, None].expand(-1, 2, 1, -1)]
+    (rows,) = analysis.measure_attention([model], split, settings)
     assert [(row["block"], row["head"]) for row in rows] == [(0, 0), (0, 1)] * (len(rows) // 2)
     return {row["condition"]: row for row in rows}
 
@@ -96,6 +84,8 @@ def test_lookers(dataset, conditions):
     assert blind["irrelevant_share"] == pytest.approx(empty.any(1).float().mean().item()) and blind["ink_share"] == 0
 
 
+# How branches respond, and stacks of seeds.
+
 def models_of(name, count=1):
     """Settings and models of two blocks whose maps are far from uniform."""
     settings, models = settings_for("--depth", "2", model=name), []
@@ -105,24 +95,6 @@ def models_of(name, count=1):
             block.attn.qkv.weight.data *= 3
     return settings, models
 
-
-@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
-def test_lambda(name):
-    """The recorded lambda is the weight of the second map of each head; a difference of maps has negative weights."""
-    split, (settings, (model,)) = cut(mnist()["test"], 250), models_of(name)
-    rows = [row for row in analysis.measure_attention([model], split, settings)[0] if row["condition"] == "clean"]
-    assert all((row["negative_share"] > 0) == (name != "vit") for row in rows)
-    of_name = dict(vit=lambda attn, x: torch.zeros(()), vitdiff=lambda attn, x: attn.lam(),
-                   vitdiffv2=lambda attn, x: attn.lam(x))[name]
-    lambdas = [of_name(attn, x).expand(250, 2, x.shape[1], 1).detach()
-               for attn, x in model.attention_inputs(data.normalize(split.images.float(), "mnist"))]
-    of_class_token = torch.cat([block[:, :, 0].mean((0, 2)) for block in lambdas])
-    assert [row["lambda"] for row in rows] == pytest.approx(of_class_token.tolist(), abs=1e-5)
-    (means,) = analysis.measure_lambdas([model], split, settings)
-    assert means == pytest.approx([block.mean().item() for block in lambdas if name != "vit"], abs=1e-5)
-
-
-# How branches respond, and stacks of seeds.
 
 @pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
 def test_response(monkeypatch, name):
@@ -224,8 +196,7 @@ def test_the_analysis_is_of_the_best_weights(finished):
 
 
 def test_analysis_again(finished, tmp_path, capsys):
-    """python analysis.py RUN prints the test figures beside those recorded, equal, and writes the analysis again to the
-    byte."""
+    """analysis.py RUN prints the test figures beside those recorded, equal, and writes the same bytes again."""
     folder = copy_run(finished, tmp_path)
     for name in records.ANALYSIS:
         (folder / name).unlink()
@@ -258,10 +229,9 @@ def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
     with records.locked(finished):
         assert run_analysis(finished) == 2
     assert_one_line(capsys, finished)
-    for flags, words in [([], ["RUN"]), (["nowhere"], ["nowhere/config.json"]),
-                         ([finished, "--epochs", "3"], ["--epochs"])]:
+    for flags, word in [([], "RUN"), (["nowhere"], "nowhere/config.json"), ([finished, "--epochs", "3"], "--epochs")]:
         assert run_analysis(*flags) == 2
-        assert_one_line(capsys, "analysis.py: error: ", *words)
+        assert_one_line(capsys, "analysis.py: error: ", word)
 
 
 @pytest.mark.parametrize("where", ["forward", "attention_map"])
@@ -284,3 +254,5 @@ def test_reference_weights(monkeypatch):
     for row, expected in zip(rows, table(run.folder / "attention.csv")):
         for figure in records.ATTENTION_FIGURES[:-1]:  # the last is a ratio of two of the others
             assert row[figure] == pytest.approx(float(expected[figure]), abs=1e-3)
+    (lambdas,) = analysis.measure_lambdas([model], test, run.settings)
+    assert lambdas == pytest.approx([row["lambda"] for row in rows[::2]], abs=1e-5)

@@ -1,6 +1,5 @@
 """Claims about the pixels: archives, splits, augmentation, canvases, corruptions, on real MNIST and Fashion-MNIST."""
 
-import errno
 import functools
 import gzip
 import hashlib
@@ -31,7 +30,6 @@ from records import UserError
 
 HERE = Path(__file__).parent
 CPU, META = torch.device("cpu"), torch.device("meta")
-CANVASES = 2855204916  # CRC-32 of the canvases of the first 1,200 test images
 torch.set_num_threads(1)  # tiny sizes gain nothing by more, and figures of other processes are compared to the last bit
 
 
@@ -126,11 +124,10 @@ def test_archives_and_splits(tmp_path, no_network, monkeypatch):
 
 
 @pytest.mark.parametrize("damage, file", [
-    ("cut short", "train-images-idx3-ubyte"), ("empty", "t10k-labels-idx1-ubyte"),
-    ("foreign", "t10k-labels-idx1-ubyte"), ("alone", "train-images-idx3-ubyte"),
-    ("cut short", "train-labels-idx1-ubyte.gz")])
+    ("cut short", "train-images-idx3-ubyte"), ("foreign", "t10k-labels-idx1-ubyte"),
+    ("alone", "train-images-idx3-ubyte"), ("cut short", "train-labels-idx1-ubyte.gz")])
 def test_damaged_data(tmp_path, no_network, damage, file):
-    """A file that is cut short, empty or foreign, among others or alone extracted, is named, and nothing of the user's
+    """A file that is cut short or foreign, among others or alone extracted, is named, and nothing of the user's
     is changed."""
     mnist()  # so that the original is extracted
     raw = link_archives(tmp_path)
@@ -138,7 +135,7 @@ def test_damaged_data(tmp_path, no_network, damage, file):
         if not file.endswith(".gz"):
             (raw / original.name).symlink_to(original)
     content = (raw / file).read_bytes()
-    bad = {"cut short": content[:-1], "empty": b"", "foreign": bytes(len(content)), "alone": b"mine"}[damage]
+    bad = {"cut short": content[:-1], "foreign": bytes(len(content)), "alone": b"mine"}[damage]
     (raw / file).unlink()
     (raw / file).write_bytes(bad)
     before = sorted(raw.iterdir())
@@ -159,22 +156,17 @@ def test_read_only_archives(tmp_path, monkeypatch, place):
     """Archives alone in a folder that cannot be written to are an error that asks for one that can."""
     link_archives(tmp_path)
     folder, access = tmp_path / place, os.access
-    folder.chmod(0o555)
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))  # root may do anything
     before = sorted(tmp_path.rglob("*"))
     error = refusal("mnist", tmp_path)
     assert f"{folder} cannot be written to" in error and "--data-dir" in error and "train-images-idx3-ubyte.gz" in error
     assert sorted(tmp_path.rglob("*")) == before
-    folder.chmod(0o755)
 
 
 def test_full_disk(tmp_path, monkeypatch):
     """Archives that are there and cannot be extracted are an error that says why."""
-    def fill_up(dataset):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     link_archives(tmp_path)
-    monkeypatch.setattr(MNIST, "download", fill_up)
+    monkeypatch.setattr(MNIST, "download", lambda dataset: Path("/dev/full").write_text("more than fits"))
     assert "could not be extracted ([Errno 28] No space left on device)" in refusal("mnist", tmp_path)
 
 
@@ -194,14 +186,14 @@ def test_cifar10(tmp_path, no_network, monkeypatch):
     with tarfile.open(folder / CIFAR10.filename, "w:gz", compresslevel=1) as archive:
         archive.add(staging, "cifar-10-batches-py")
     *parts, test, meta = sums.items()
-    for name, value in dict(tgz_md5=None, train_list=parts, test_list=[test],
-                            meta=CIFAR10.meta | {"md5": meta[1]}).items():
+    facts = dict(tgz_md5=None, train_list=parts, test_list=[test], meta=CIFAR10.meta | {"md5": meta[1]})
+    for name, value in facts.items():
         monkeypatch.setattr(CIFAR10, name, value)
     splits = data.load_splits("cifar10", folder, CPU)
     assert {name: tuple(split.images.shape) for name, split in splits.items()} == {
         "train": (100, 3, 32, 32), "val": (5_000, 3, 32, 32), "test": (1_020, 3, 32, 32)}
-    first = torch.from_numpy(pickle.loads((staging / "test_batch").read_bytes())["data"][0]).view(3, 32, 32)
-    assert torch.equal(splits["test"].images[0], first)
+    expected = pickle.loads((staging / "test_batch").read_bytes())["data"]
+    assert splits["test"].images.flatten(1).tolist() == expected.tolist()
     with open(folder / "cifar-10-batches-py/data_batch_3", "r+b") as file:
         file.truncate(100)
     assert "data_batch_3" in refusal("cifar10", folder)
@@ -251,7 +243,7 @@ def test_plugin_as_a_user_has_it(tmp_path, own_rows, monkeypatch, capsys):
     monkeypatch.setattr(data, "CORRUPTIONS", {
         name: data.CORRUPTIONS[name] for name in ("gaussian_noise", "distractors")})
     monkeypatch.setitem(vit.MODELS, "vituniform", None)
-    names = ["train_images", "train_labels", "test_images", "test_labels"]
+    names = ("train_images", "train_labels", "test_images", "test_labels")
     numpy.savez(tmp_path / "mine.npz", **dict(zip(names, own_arrays(32))))
     plugin, run = tmp_path / "my_plugin.py", tmp_path / "runs/mine-vituniform-seed0"
     plugin.write_text(PLUGIN)
@@ -265,8 +257,6 @@ def test_plugin_as_a_user_has_it(tmp_path, own_rows, monkeypatch, capsys):
     assert found.maps[0].shape == (3, 3, 32, 32) and data.training_size("mine") == 108
     assert found.attention["clean"][0]["entropy"] == pytest.approx(math.log(5)) and found.response is None
     before = {path: path.read_bytes() for path in run.iterdir()}
-    assert train.main([*training, "--patch-size", "5", "--overwrite"]) == 2
-    assert "patch size 5 does not divide image size 32: choose one of [1, 2, 4, 8," in capsys.readouterr().err
     train.make_parser().format_help()  # whose defaults are not those of the row
     plugin.unlink()
     vit.MODELS["vituniform"] = None
@@ -376,8 +366,7 @@ def test_epochs(dataset, stream):
     assert order.sort().values.tolist() == [list(range(300))] * 2
     for other in (order[0], data.draw_epoch([3], 1, split, settings)[0][0]):
         assert not torch.equal(order[1], other)
-    assert draws.min() >= -1 and draws.max() < 1 and abs(draws.mean()) < 0.05
-    assert draws.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.03)
+    assert -1 <= draws.min() < -0.99 and 0.99 < draws.max() < 1 and abs(draws.mean()) < 0.05
 
 
 def test_training_brightness():
@@ -386,7 +375,7 @@ def test_training_brightness():
     split, plain = cut(mnist()["train"], 300), settings_of("clutteredmnist")
     bright = plain | dict(brightness=0.3)
     (order, draws), (same_order, more) = (data.draw_epoch([3], 2, split, settings) for settings in (plain, bright))
-    assert torch.equal(order, same_order)
+    assert torch.equal(order, same_order) and torch.equal(draws, more[:, :, :-1])
     before, after = (data.training_pixels(split, order[0], part[0], settings)
                      for part, settings in ((draws, plain), (more, bright)))
     amounts = (more[0, :, -1] + 1) / 2 * 0.3 * 255
@@ -399,7 +388,6 @@ def test_batches():
     split, settings = cut(mnist()["train"], 300), settings_of("mnist", flip=True)
     order, draws = data.draw_epoch([0, 1, 2], 1, split, settings)
     images, labels = data.get_batch(split, order[:, :50], draws[:, :50], settings)
-    assert images.shape == (3, 50, 1, 28, 28) and labels.shape == (3, 50)
     for seed, place in [(0, 0), (1, 7), (2, 49)]:
         number = order[seed, place].item()
         alone = data.augment(split.images[number:number + 1].float(), draws[seed, place:place + 1], settings)
@@ -413,8 +401,9 @@ def test_canvases():
     """A canvas has the object, and cuts of other images of the split, where their draws say; sums end at white."""
     split, index, overlaps = mnist()["val"], torch.arange(4_800, 5_000), 0
     draws = 2 * torch.rand(200, 2 + 5 * 4, generator=torch.Generator().manual_seed(0)) - 1
+    draws[0], draws[1] = -1, torch.tensor(1.0).nextafter(torch.tensor(0.0))  # the ends of their range
     canvases = data.clutter(split.images[index].float(), index, draws, split, "clutteredmnist")
-    for number, canvas, draw in zip(index.tolist(), canvases, (draws + 1) / 2):
+    for number, canvas, draw in zip(index.tolist(), canvases, (draws.double() + 1) / 2):
         top, left = (draw[:2] * 33).long().tolist()
         expected = torch.zeros(60, 60)
         expected[top:top + 28, left:left + 28] = split.images[number, 0]
@@ -428,15 +417,6 @@ def test_canvases():
     assert overlaps > 10
 
 
-@pytest.mark.parametrize("count", [1, 2, 33, 9_999, 54_999])
-def test_pick(count):
-    """Draws from -1 to 1 pick every number below count, and none beyond."""
-    ends = torch.tensor([-1.0, 2 * torch.tensor(1.0).nextafter(torch.tensor(0.0)).item() - 1, 1.0])
-    assert data.pick(ends, count).tolist() == [0, count - 1, count - 1]
-    middles = 2 * (torch.arange(count, dtype=torch.double) + 0.5) / count - 1
-    assert torch.equal(data.pick(middles, count), torch.arange(count))
-
-
 def test_evaluated_canvases():
     """Evaluated canvases are always the same, and those with more distractors have the same ones and more."""
     split = cut(mnist()["test"], 1_200)
@@ -444,7 +424,7 @@ def test_evaluated_canvases():
         split, settings_of("clutteredmnist", distractors=count))]) for count in (0, 4, 8)]
     for fewer, more in zip(by_count, by_count[1:]):
         assert (more >= fewer).all() and (more.sum((1, 2, 3)) > fewer.sum((1, 2, 3))).float().mean() > 0.95
-    assert zlib.crc32(by_count[1].byte().numpy()) == CANVASES  # figures of one year compare with those of the next
+    assert zlib.crc32(by_count[1].byte().numpy()) == 2855204916  # figures of one year compare with those of the next
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashionmnist", "clutteredmnist", "clutteredfashionmnist"])
@@ -506,7 +486,6 @@ def test_corruptions_are_their_table(severity):
     for count, share in enumerate((counts / counts.sum()).tolist()[:white]):  # the rest is cut off at white
         rate = 0.2 * white
         assert share == pytest.approx(math.exp(-rate) * rate**count / math.factorial(count), abs=0.005)
-    assert on(0, "shot_noise").max() == 0
     side = grey["occlusion"]
     hidden = on(255, "occlusion", channels=3)
     assert set(hidden.unique().tolist()) == {0, 255} and torch.equal(hidden[:, 0], hidden[:, 2])
@@ -585,14 +564,10 @@ def test_corruptions_together(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_has_the_pixels_of_the_cpu():
     """Canvases and corruptions on CUDA have the pixels that they have on the CPU."""
-    split = cut(mnist()["test"], 1_100)
+    split, settings = cut(mnist()["test"], 1_100), settings_of("clutteredmnist")
     there = Split(*(part.cuda() for part in split))
-    settings = settings_of("clutteredmnist")
-    for (first, canvases), (_, expected) in zip(data.evaluation_pixels(there, settings),
-                                                data.evaluation_pixels(split, settings), strict=True):
-        assert canvases.is_cuda and torch.equal(canvases.cpu(), expected)
-        for name in data.CORRUPTIONS:
-            corrupted = data.corrupt(canvases, name, 3, first, there, settings)
-            assert corrupted.is_cuda and not torch.equal(corrupted, canvases)
-            on_cpu = data.corrupt(expected, name, 3, first, split, settings)
-            torch.testing.assert_close(corrupted.cpu(), on_cpu, rtol=0, atol=0.05)
+    for name, severity in [(None, 0), *((name, 3) for name in data.CORRUPTIONS)]:
+        found, expected = (torch.cat([images for images, _ in data.evaluation_batches(part, settings, name, severity)])
+                           for part in (there, split))
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-3)

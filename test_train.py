@@ -449,9 +449,9 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
             found, expected = (folder / f"mnist-vitdiff-seed{seed}" for folder in (runs, tmp_path / "whole"))
             assert_same_run(found, expected)
             assert all((found / name).read_bytes() == (expected / name).read_bytes() for name in records.ANALYSIS)
-    # Of each seed config.json, args.txt, three files of the analysis, summary.json, twice best.pt and metrics.csv; two
+    # Of each seed config.json, args.txt, four files of the analysis, summary.json, twice best.pt and metrics.csv; two
     # last.pt.
-    assert number == 22
+    assert number == 24
 
 
 def run_plugin(tmp_path, monkeypatch, source):

@@ -86,7 +86,7 @@ class Output:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None if it was closed before Python was started
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            self.attempt(functools.partial(stream.reconfigure, errors="replace"))
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -137,7 +137,8 @@ def number(kind, what, is_right):
 
 def whole_number(low, high=10**6):
     """The arguments of add_argument for a flag that takes a whole number from low to high."""
-    return dict(metavar="N", type=number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high))
+    what = f"a whole number from {low} to {high}"
+    return dict(metavar="N", type=number(int, what, lambda value: low <= value <= high))
 
 
 def real_number(what, is_right):
@@ -611,7 +612,7 @@ def read_table(folder, name, sums):
         with reading(path):
             content = path.read_bytes()
             if sha256(content) == sums[name]:
-                return content.decode()
+                return content.decode(errors="surrogateescape")  # a plugin's path may have any bytes
     raise UserError(f"{folder / name} is {'not what ' + SUMS + ' says' if found else 'missing'}: put the original back, "
                     f"or move the tables and {SUMS} away")
 
@@ -748,7 +749,7 @@ def stage_tables(folder, runs):
             texts[table] = format_csv([dict(run=name) | row for name in order for row in groups.get(name, [])])
     for table, text in texts.items():
         write_whole(staged(folder, table), text)
-    return {table: sha256(text.encode()) for table, text in texts.items()}
+    return {table: sha256(text.encode(errors="surrogateescape")) for table, text in texts.items()}
 
 
 def make_row(run):

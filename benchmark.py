@@ -29,7 +29,7 @@ ROUNDS, CALLS = 10, 16
 NOTES = dict(
     benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
               "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
-              "square matrices in the same run, on CUDA in its precision; warm-up is the first step, compilation included.",
+              "square matrices in the same run, on CUDA in its precision; warm-up is the first step with compilation.",
     growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
@@ -42,7 +42,7 @@ def make_step(settings, seeds, split, device, compiled):
     batches = (batch for epoch in epochs for batch in epoch if batch[1].shape[1] == settings["batch_size"])
 
     def step():
-        train.set_lr(runs.optimizer, 0.1)  # of the peak, at which nothing diverges
+        stack.set_lr(runs.optimizer, 0.1)  # of the peak, at which nothing diverges
         return runs.fast_step(*next(batches))
 
     return step

@@ -88,7 +88,7 @@ class Output:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None if it was closed before Python was started
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            self.attempt(functools.partial(stream.reconfigure, errors="replace"))
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -139,8 +139,8 @@ def number(kind, what, is_right):
 
 def whole_number(low, high=10**6):
     """The arguments of add_argument for a flag that takes a whole number from low to high."""
-    kind = number(int, f"a whole number from {low} to {high}", lambda value: low <= value <= high)
-    return dict(metavar="N", type=kind)
+    what = f"a whole number from {low} to {high}"
+    return dict(metavar="N", type=number(int, what, lambda value: low <= value <= high))
 
 
 def real_number(what, is_right):

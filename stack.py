@@ -105,6 +105,11 @@ def make_optimizer(net, settings):
     return optimizer
 
 
+def set_lr(optimizer, factor):
+    for group in optimizer.param_groups:
+        group["lr"].fill_(factor * group["peak_lr"])
+
+
 # What last.pt holds of a stack, as plain tensors.
 
 def get_state(net, optimizer, scaler):
@@ -150,8 +155,7 @@ def is_compiled(choice, stack_steps, device, amp):
     if device.type == "cuda":
         possible = machine.world_size() == 1 and amp != "float16"
         if choice == "yes" and not possible:
-            machine.say("training steps are not captured: a CUDA graph cannot wait for other ranks or a gradient "
-                        "scaler")
+            machine.say("steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler")
         return choice == "yes" and possible
     if choice != "auto" or device.type != "cpu":
         return choice == "yes"

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -285,6 +286,35 @@ def test_plugin_is_kept_once(tmp_path):
     kept.with_name("renamed.py").write_text("WIDTH = 2\n")
     with pytest.raises(records.UserError, match="no copy lies in"):
         records.find_run_plugin(folder, setting)
+
+
+def test_paths_of_any_bytes(tmp_path):
+    """Runs and a plugin in folders named in Latin-1 are gathered as others are."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    source = folder / os.fsdecode(b"pl\xe9.py")
+    try:
+        folder.mkdir()
+        source.write_text("")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    runs = [write_run(folder, seed=seed, settings=dict(plugin=records.execute_plugin(source))) for seed in (0, 1)]
+    before = contents(map(records.read_run, runs))
+    records.gather(folder)
+    assert contents(records.find_runs(folder)[0]) == before
+
+
+def test_printing_ends_no_work(monkeypatch):
+    """A closed pipe, a full disk, a closed stream or one of another encoding end the printing alone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    for stream in (open(writer, "w"), open("/dev/full", "w"), narrow, None):
+        monkeypatch.setattr("sys.stdout", stream)
+        assert records.exit_status("command", str, lambda text: print(text, flush=True), "vité ±") == 0
+        assert stream is not narrow or stream.buffer.getvalue() == b"vit? ?\n"
+        if stream:
+            stream.close()  # which flushes what is left
+            assert records.exit_status("command", str, print, "closed") == 0
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -65,8 +65,7 @@ def make_parser(prog="train.py", description=__doc__):
         help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
     add("--dataset", **names, default=["mnist"],
         help=f"{', '.join(data.DATASETS)} or one's own, a row that a plugin adds to DATASETS (default: mnist)")
-    add("--seed", **seed, nargs="+", default=[0],
-        help="of the initial weights, batch order, augmentation and dropout (default: 0)")
+    add("--seed", **seed, nargs="+", default=[0], help="of weights, batch order, augmentation, dropout (default: 0)")
     add("--distractors", **count, help="fragments of other images on each canvas of a cluttered data set (default: 4)")
     add("--plugin", type=records.usable_path, metavar="FILE",
         help="a Python file to execute first: it may add rows to MODELS and DATASETS or change anything else")
@@ -213,11 +212,6 @@ def lr_factor(step, steps, warmup, decay):
     return min(1.0, rise, fall)
 
 
-def set_lr(optimizer, factor):
-    for group in optimizer.param_groups:
-        group["lr"].fill_(factor * group["peak_lr"])
-
-
 def epoch_batches(split, seeds, epoch, settings):
     """This rank's part of the batches of an epoch: images (S, B, C, H, W), labels (S, B), and the share of an image in
     the whole batch, the last of which may be smaller."""
@@ -242,7 +236,7 @@ def train_stack(runs, splits, settings):
             for number, (images, labels, share) in enumerate(epoch_batches(split, seeds, epoch, settings)):
                 factor = lr_factor((epoch - 1) * steps + number, settings["epochs"] * steps, settings["warmup"],
                                    settings["decay"])
-                set_lr(runs.optimizer, factor)
+                stack.set_lr(runs.optimizer, factor)
                 step = runs.fast_step if number < whole_batches else runs.step  # both are train_step
                 losses[:, number], batch_correct = step(images, labels, share)
                 correct += batch_correct
@@ -413,10 +407,9 @@ def finish_runs(runs, settings, facts, splits, with_analysis):
 
 
 def print_result(folder, width=0):
-    summary = records.read_summary(folder)
-    print(f"{folder.name:{width}}  {summary['parameters']:,} parameters  val loss {summary['val_loss']:.4f}  test loss "
-          f"{summary['test_loss']:.4f} accuracy {summary['test_accuracy']:.2%}  "
-          f"{summary.get('seconds', math.nan):.0f} s", flush=True)
+    figures = dict(seconds=math.nan) | records.read_summary(folder)
+    print(f"{folder.name:{width}}  " + "{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f} "
+          "accuracy {test_accuracy:.2%}  {seconds:.0f} s".format(**figures), flush=True)
 
 
 def print_results(folders, finished_before, runs_dir):

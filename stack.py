@@ -1,7 +1,7 @@
 """Many seeds as one module: the stacked weights, the forward pass, torch.compile and the CUDA graph.
 
-A model of 38 thousand parameters is many small products, and to start a product takes as long as to compute it. So the
-models of S seeds are trained side by side: their weights are rows of one tensor, and a product is that of all of them.
+A model of 38 thousand parameters is many small matrix multiplications, and to launch one takes as long as to compute
+it. So the models of S seeds are trained side by side: their weights are rows of one tensor, multiplied all at once.
 
     net.matrices, net.rest      (S, P) each             row s has the weights of seed s, one after the other
     net.weights()["head.fc1.weight"]    (S, 128, 32)    a view of some columns, so gradients arrive in the rows

@@ -323,23 +323,22 @@ def augmentation(**strengths):
     return dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False) | strengths
 
 
-@pytest.mark.parametrize("name, strength, draw, origin", [
-    ("rotation", 30.0, 0, lambda x, y: (0.75**0.5 * x - y / 2, x / 2 + 0.75**0.5 * y)),
-    ("scale", 0.12, 1, lambda x, y: (1.12 * x, y)), ("scale", 0.12, 2, lambda x, y: (x, 1.12 * y)),
-    ("shear", 0.12, 3, lambda x, y: (x + 0.12 * y, y)), ("shift", 3.0, 4, lambda x, y: (x + 3, y)),
-    ("shift", 3.0, 5, lambda x, y: (x, y + 3)), ("flip", True, 6, lambda x, y: (-x, y))])
-def test_each_strength(name, strength, draw, origin):
+@pytest.mark.parametrize("strengths, origin", [
+    (dict(rotation=30.0, shear=0.12), lambda x, y: (
+        0.75**0.5 * (x + 0.12 * y) - y / 2, (x + 0.12 * y) / 2 + 0.75**0.5 * y)),
+    (dict(scale=0.12), lambda x, y: (1.12 * x, 1.06 * y)), (dict(shift=3.0), lambda x, y: (x + 3, y + 1.5)),
+    (dict(flip=True), lambda x, y: (-x, y))])
+def test_each_strength(strengths, origin):
     """A pixel (x, y) from the centre is taken from where rotation, scale, shear, shift and flip say; strengths of zero,
     and draws of zero, change nothing."""
     y, x = torch.meshgrid(2 * [torch.arange(28.0) - 13.5], indexing="ij")
     pixels = 4 * torch.stack([x, y]).unsqueeze(1) + 120  # which say where they come from
-    draws, inside = torch.zeros(2, 7), (..., slice(6, 22), slice(6, 22))
-    draws[:, draw] = -1 if name == "flip" else 1
-    found = data.augment(pixels, draws, augmentation(**{name: strength}))
+    draws, inside = torch.tensor([[1, 1, 0.5, 1, 1, 0.5, -1]] * 2), (..., slice(6, 22), slice(6, 22))
+    found = data.augment(pixels, draws, augmentation(**strengths))
     expected = 4 * torch.stack(origin(x, y)).unsqueeze(1) + 120
     torch.testing.assert_close(found[inside], expected[inside], rtol=0, atol=0.2)  # bicubic is off by 0.05 of a pixel
     assert torch.equal(data.augment(pixels, draws, augmentation()), pixels)
-    still = data.augment(pixels, torch.zeros(2, 7), augmentation(**{name: strength}))
+    still = data.augment(pixels, torch.zeros(2, 7), augmentation(**strengths))
     torch.testing.assert_close(still, pixels, rtol=0, atol=1e-3)
 
 

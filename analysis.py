@@ -150,8 +150,9 @@ def measure_lambdas(models, split, settings):
     """The mean weight of the second map over the images of a split: of each model a float for each differential block.
     """
     mean_lambdas = map_models(models, type(models[0]).mean_lambdas)
-    batches = [mean_lambdas(images) for images, _ in data.evaluation_batches(split, settings)]
-    blocks = [total(block) / len(block) for block in zip(*batches)]
+    batches = [[len(labels) * block for block in mean_lambdas(images)]
+               for images, labels in data.evaluation_batches(split, settings)]
+    blocks = [total(block) / len(split.labels) for block in zip(*batches)]
     return [[block[i].item() for block in blocks] for i in range(len(models))]
 
 

@@ -704,6 +704,10 @@ def plot(args):
         raise UserError(f"there is no finished run {'of these seeds ' if args.seed else ''}in "
                         f"{', '.join(map(str, folders))}: train one with train.py first")
     datasets = arrange(own, reference)
+    shown = [run for lines in datasets.values() for line in lines for run in line.runs]
+    left_out = sum(run.noise is not None for run in own + reference) - sum(run.noise is not None for run in shown)
+    if left_out:
+        print(f"left out: what {left_out} runs did under noise of other amounts than the first run's", file=sys.stderr)
     for model in itertools.chain(*args.compare):
         records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
     try:

@@ -317,6 +317,20 @@ def test_printing_ends_no_work(monkeypatch):
             assert records.exit_status("command", str, print, "closed") == 0
 
 
+def test_amounts_never_mix(tmp_path, capsys):
+    """Figures under corruptions of other amounts than the first run's are left out, and that is said."""
+    for model in ("vit", "vitold"):
+        folder = write_run(tmp_path, model)
+    rows = records.parse_csv((folder / "noise.csv").read_text())
+    records.write_csv(folder / "noise.csv", [
+        {name: row[name] for name in row if name != "amount"} for row in rows], severity="{:.0f}")
+    records.write_summary(folder, records.read_summary(folder))
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "charts")]) == 0
+    assert "left out: what 1 runs did under noise" in capsys.readouterr().err
+    table = (tmp_path / "charts/mnist-noise-table.md").read_text()
+    assert "| vit |" in table and "vitold" not in table
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_file_systems_without_locks(number, tmp_path, monkeypatch, capsys):
     """Where the file system has no locks the work goes on, and that is said once."""

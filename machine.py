@@ -94,7 +94,7 @@ def on_first_rank(function, *arguments):
 
 def part_of_rank(batch):
     """This rank's part of a batch (S, B, ...): (S, about B / world size, ...)."""
-    return batch.tensor_split(world_size(), 1)[rank()]
+    return batch.tensor_split(world_size(), 1)[rank()] if world_size() > 1 else batch
 
 
 def all_reduce(tensors):

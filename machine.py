@@ -42,7 +42,8 @@ def pick_device(name):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             problem = records.first_line(error)
         if started_by_torchrun():  # whose processes must all be on the same kind of device
-            raise UserError(f"--device {choice} is not available ({problem}): give --device cpu or start fewer processes")
+            raise UserError(f"--device {choice} is not available ({problem}): give --device cpu, or start fewer "
+                            "processes")
         if not following:
             raise UserError(f"--device {choice} is not available ({problem}): try --device auto")
         print(f"{choice} cannot be used ({problem}): {following} is used in its place", file=sys.stderr)
@@ -125,7 +126,7 @@ def say(line):
 
 def part_of_rank(batch):
     """This rank's part of a batch (S, B, ...): (S, about B / world size, ...)."""
-    return batch.tensor_split(world_size(), 1)[rank()]
+    return batch.tensor_split(world_size(), 1)[rank()] if world_size() > 1 else batch
 
 
 def all_reduce(tensors):

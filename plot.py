@@ -461,7 +461,8 @@ def draw_severities(title, choose, dataset, lines):
     met = "trained with distractors and no other corruption" if cluttered else "trained without corruption"
     figure, grid = new_figure(
         f"Test error by severity of {title} on {in_print(dataset)}", [
-            met + ", except for brightness where a name says so" * brighter, what_is_shown(lines)], math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
+            met + ", except for brightness where a name says so" * brighter, what_is_shown(lines)],
+        math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
         legend=texts_of(lines), sharex=True, sharey=True)
     for i, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
         if name is None:

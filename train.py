@@ -178,7 +178,7 @@ def train_step(net, images, labels, share, optimizer, scaler, settings):
         losses = losses.view_as(labels).sum(1) * share  # (S,)
     scaler.scale(losses.sum()).backward()
     losses, correct = losses.detach(), (logits.argmax(2) == labels).sum(1)
-    gradients = [parameter.grad for parameter in net.parameters()]  # (S, P) each
+    gradients = [leaf.grad for group in optimizer.param_groups for leaf in group["params"]]  # (S, P) each
     machine.all_reduce([*gradients, losses, correct])
     scaler.unscale_(optimizer)
     if settings["clip"]:

@@ -169,7 +169,7 @@ def test_stacks(tmp_path, capsys, monkeypatch, attention, flags, expected, why):
     monkeypatch.setitem(MODELS, "mine", dict(attention=attention))
     args = train.parse_flags(["--seed", "0", "1", "2", "--model", "mine", *flags, "--runs-dir", str(tmp_path)])
     (experiment,) = train.plan_experiments(args, CPU, None)
-    assert records.find_stacks(*experiment.request) == expected
+    assert records.find_stacks(**experiment.request) == expected
     out = capsys.readouterr().out
     assert why in out and ("one after the other" in out) == bool(why)
     assert stack.default_size(10**6, torch.device("cuda")) >= 10**6

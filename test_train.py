@@ -400,7 +400,7 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
     (plan,) = train.plan_experiments(train.parse_flags(flags), CPU, None)
     monkeypatch.setattr(train, "plan_experiments", lambda args, *others: [  # which is the same each time
-        plan._replace(request=(args.runs_dir, *plan.request[1:]))])
+        plan._replace(request=plan.request | dict(runs_dir=args.runs_dir))])
 
     def replace_or_end(source, target):
         if not next(countdown):

@@ -7,7 +7,7 @@
 
 A run is a folder, runs/mnist-vitdiff-seed0. The same command run again skips what is finished and resumes, exactly,
 what was interrupted. The seeds of a model are trained side by side, as a stack; torchrun divides each batch among
-processes. The step is train_step, the loop train_stack.
+processes. The way to backward() is main, train_runs (the runs), train_stack (epochs and batches), train_step.
 """
 
 import argparse
@@ -321,8 +321,8 @@ def plan_experiments(args, device, plugin):
         facts = analysis.measure_model(settings, with_maps=args.analysis)
         analysis.check_lambdas(settings, device)
         size = choose_stack_size(settings, args.stack, len(seeds), device)
-        experiments.append(Experiment(settings, facts | where, seeds,
-                                      (args.runs_dir, settings, seeds, size, args.overwrite)))
+        experiments.append(Experiment(settings, facts | where, seeds, dict(
+            runs_dir=args.runs_dir, settings=settings, seeds=seeds, size=size, overwrite=args.overwrite)))
     return experiments
 
 
@@ -432,7 +432,7 @@ def train_runs(args):
     machine.connect_ranks(device)
     experiments = machine.on_first_rank(plan_experiments, args, device, plugin)
     unfinished = machine.on_first_rank(lambda: [experiment for experiment in experiments
-                                                if records.find_stacks(*experiment.request)])
+                                                if records.find_stacks(**experiment.request)])
     folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
                for experiment in experiments for seed in experiment.seeds]
     finished_before = sum(not args.overwrite and records.is_recorded(folder) for folder in folders)
@@ -442,7 +442,7 @@ def train_runs(args):
     for experiment in unfinished:
         settings, splits = experiment.settings, datasets[experiment.settings["dataset"]]
         with contextlib.ExitStack() as locks:
-            for seeds in machine.on_first_rank(records.claim_stacks, locks, *experiment.request):
+            for seeds in machine.on_first_rank(lambda: records.claim_stacks(locks, **experiment.request)):
                 runs = begin_runs(experiment, seeds, args, device, threads)
                 train_stack(runs, splits, settings)
                 if machine.rank() == 0:

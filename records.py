@@ -1,7 +1,7 @@
 """The records of runs: a folder for each, written whole, read with clear errors, locked; and tables of many.
 
     runs/mnist-vitdiff-seed0/   args.txt, config.json, metrics.csv, noise.csv, attention.csv, attention.npz,
-                                summary.json, best.pt, last.pt
+                                response.csv, summary.json, best.pt, last.pt
     runs/runs.csv, ...          a row a run, and the CSV files of all runs in one each, with SHA256SUMS
 
     python records.py gather runs/ --keep-seed 0

@@ -30,7 +30,7 @@ import train
 from data import DATASETS, Split
 from muon import Muon
 from test_data import CPU, HERE, META, OnOneDevice, cut, meta_split, mnist, original
-from vit import MODELS, SelfAttention, build_model
+from vit import MODELS, SelfAttention
 
 TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
         "--batch-size", "500", "--device", "cpu", "--no-analysis"]

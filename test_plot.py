@@ -74,20 +74,29 @@ def analyse(folder, accuracies, share=0.2, entropy=2.0, negative=0.0, weight=0.1
 
 
 PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
+NOISES = ["gaussian_noise", *records.PARTIAL_NOISE.values(), "impulse_noise", "blur"]
+
+
+def record_noises(root, errors, seeds=2, names=NOISES, branches=(), **options):
+    """Runs with test errors in percent, {model: [under each of `names`]}, and a point more in seed 0 of all but `vit`.
+    Those under PARTS have amounts, one point more at each further severity and another in seed 0, and noise to signal
+    of two branches and of both together."""
+    parts = names is PARTS
+    for (model, values), seed in itertools.product(errors.items(), range(seeds)):
+        more = (1 + parts) * (seed == 0 and model != "vit")
+        folder = analyse(record(root, model, seed, **options), {
+            name: [1 - (error + more + i * parts) / 100 for i in range(5)] for name, error in zip(names, values)},
+            negative=0.1 * (model == "vitdiff") * parts, amounts=parts)
+        if branches:
+            records.write_csv(folder / "response.csv", [
+                dict(condition=f"{name}_3", block=block, head=head) | dict.fromkeys(records.RESPONSE_FIGURES, "") | {
+                    figure: value and value + block + 0.1 * head + 0.01 * seed for figure, value in zip(
+                        plot.BRANCHES, branches)}
+                for name in stats.GAUSSIAN_PARTS for block in range(2) for head in range(2)])
 
 
 def record_parts(root, model, errors, branches, seeds, **options):
-    """Runs with amounts and responses: test errors in percent under PARTS at severity 1, one point more at each further
-    severity, two more in seed 0 of models but `vit`; noise to signal of two branches and of both together."""
-    for seed in range(seeds):
-        folder = analyse(record(root, model, seed, **options), {
-            name: [1 - (error + i + 2 * (seed == 0 and model != "vit")) / 100 for i in range(5)]
-            for name, error in zip(PARTS, errors)}, negative=0.1 * (model == "vitdiff"), amounts=True)
-        records.write_csv(folder / "response.csv", [
-            dict(condition=f"{name}_3", block=block, head=head) | dict.fromkeys(records.RESPONSE_FIGURES, "") | {
-                figure: value and value + block + 0.1 * head + 0.01 * seed for figure, value in zip(
-                    plot.BRANCHES, branches)}
-            for name in stats.GAUSSIAN_PARTS for block in range(2) for head in range(2)])
+    record_noises(root, {model: errors}, seeds, PARTS, branches, **options)
 
 
 def lines_in(*folders):
@@ -177,24 +186,17 @@ def test_seeds_alone_share_a_line(tmp_path):
 
 @pytest.mark.parametrize("models, rates", [(60, 1), (6, 10)])
 def test_no_two_lines_share_a_style(tmp_path, models, rates):
-    """However many lines a chart has, and a reference behind them, each has a style of its own."""
+    """However many lines a chart has, and a reference behind them, each has a style of its own, and a model of the
+    project the same colour whatever it is shown with, which no other model has."""
+    names = ["vit", "vitdiff", *(f"model{i}" for i in range(models - 2))]
     for root in (tmp_path, tmp_path / "reference"):
-        for model, rate in itertools.product(range(models), range(rates)):
-            record(root, f"model{model}", epochs=2, lr=0.001 * (rate + 1), folder=f"{model}-{rate}")
+        for model, rate in itertools.product(names, range(rates)):
+            record(root, model, epochs=2, lr=0.001 * (rate + 1), folder=f"{model}-{rate}")
     lines = lines_in(tmp_path)["mnist"].values()
     assert len(lines) == len({str(line.style) for line in lines}) == 120
-
-
-def test_colours_stay(tmp_path):
-    """A model of the project has the same colour whatever it is shown with, and no other model has that."""
-    for model in ("vit", "vitdiff"):
-        record(tmp_path, model)
-    alone = lines_in(tmp_path)["mnist"]
-    for model in ("aardvark", "vitcosine", *{*plot.COLORS} - {"vit", "vitdiff"}):
-        record(tmp_path, model)
-    beside = lines_in(tmp_path)["mnist"]
-    assert all(alone[model].style == beside[model].style for model in ("vit", "vitdiff"))
-    assert len({line.style["color"] for line in beside.values()}) == 2 + len(plot.COLORS)
+    colors = {model: {line.style["color"] for line in lines if line.model == model} for model in names}
+    assert all(colors[model] == {plot.COLORS[model]} for model in ("vit", "vitdiff"))
+    assert not set(plot.COLORS.values()) & set.union(*(colors[model] for model in names[2:]))
 
 
 # Curves.
@@ -216,7 +218,6 @@ def test_mean_and_band(tmp_path):
         round(0.85 - half, 4), round(0.85 + half, 4), round(0.55 + half, 4), 0.7}
     assert [text.get_text() for text in axes.texts if text.get_text()] == [
         "vit (2 seeds) 0.550", "vitdiff (1 seed) 0.550"]
-    assert drawn(figures["val-accuracy"].axes[0])["vit (2 seeds)"].get_ydata() == pytest.approx([0.915, 0.93, 0.945])
     panels = figures["lambda"].axes
     assert [drawn(axes)["vitdiff"].get_ydata().tolist() for axes in panels] == [[0.2] * 4, [0.35] * 4]
     assert panels[0].get_ylim() == panels[1].get_ylim() == (pytest.approx(0.2 - 0.0075), pytest.approx(0.35 + 0.0075))
@@ -226,16 +227,15 @@ def test_mean_and_band(tmp_path):
     assert len(axes.containers) == 2 and axes.containers[1].lines[2] == ()  # of one seed there is no interval
 
 
-@pytest.mark.parametrize("count, seeds, amounts", [(5, 2, False), (15, 1, False), (15, 2, True)])
-def test_labels_do_not_overlap(tmp_path, count, seeds, amounts):
+@pytest.mark.parametrize("count, amounts", [(5, False), (15, False), (15, True)])
+def test_labels_do_not_overlap(tmp_path, count, amounts):
     """No text of a chart stands on another or outside the figure, however many lines end within a hair's breadth."""
-    noises = ["gaussian_noise", "impulse_noise", *records.PARTIAL_NOISE.values()]
     for i in range(count):
         model, values = f"vitofalongername{i}" if i else "vit", [0.9 - 0.018 * j + 0.0001 * i for j in range(20)]
         if amounts:
-            record_parts(tmp_path, model, [20, 10, 5, 6 + i], (0.4, 0.5, 0.1), seeds, values=values)
-        for seed in range(0 if amounts else seeds):
-            analyse(record(tmp_path, model, seed, values=values), dict.fromkeys(noises, [0.9 - 0.01 * i] * 5))
+            record_parts(tmp_path, model, [20, 10, 5, 6 + i], (0.4, 0.5, 0.1), 1, values=values)
+        else:
+            analyse(record(tmp_path, model, values=values), dict.fromkeys(NOISES, [0.9 - 0.01 * i] * 5))
     figures = charts(tmp_path)
     assert ("response" in figures) == ("shift" in figures) == amounts == ("pixel-noise" not in figures)
     for name, figure in figures.items():
@@ -275,7 +275,6 @@ def test_intervals():
     true difference as large as the detectable one is shown in 80%: by the interval, or by p after Holm's correction."""
     known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 120: 1.9799}
     assert {freedom: round(stats.t_quantile(freedom), 4) for freedom in known} == known
-    assert [round(stats.t_quantile(freedom, 0.6), 3) for freedom in (1, 2, 5, 8)] == [1.376, 1.061, 0.920, 0.889]
     assert stats.half_interval([1.0]) is None and stats.half_interval([1.0, math.nan]) is None
     for size in (3, 5, 10, 20):
         samples = numpy.random.default_rng(size).normal(size=(20_000, size))
@@ -296,23 +295,17 @@ def test_p_values():
     """p is the share of all choices of signs whose sum is as far from 0; of more than 40 values, of those drawn. That
     of Student's t is 5% where the interval ends at 0. By Holm's correction the smallest p is multiplied by the number
     of tests, the next by one less, and none is less than one before."""
-    # Of 1, 2, 4 only their own signs, and all of the others, reach a sum of 7: 2 of 8.
-    assert stats.sign_flip_p([1.0, 2.0, 4.0]) == stats.sign_flip_p([-1.0, -2.0, -4.0]) == 2 / 8
-    # Of 1, 2, -4 sums are 1, 3, 5, 7 and their opposites; |-1| is reached by all 8. Of 3, -1, 3 they are 1, 1, 5, 7.
-    assert stats.sign_flip_p([1.0, 2.0, -4.0]) == stats.sign_flip_p([0.0, 0.0]) == 1.0
-    assert stats.sign_flip_p([3.0, -1.0, 3.0]) == 4 / 8
     assert stats.sign_flip_p([0.1] * 5) == 2 / 32  # rounding does not keep a sum from reaching itself
     assert stats.sign_flip_p([0.1] * 24) == 2 / 2**24 and 0 < stats.sign_flip_p([0.1] * 44) < 1e-9
-    for size in (1, 7, 8):
-        values = numpy.random.default_rng(size).normal(0.2, 1, size).tolist()
+    for values in ([1.0, 2.0, -4.0], [0.0, 0.0], [0.3], numpy.random.default_rng(8).normal(0.2, 1, 8).tolist()):
         sums = [abs(sum(sign * value for sign, value in zip(signs, values)))
-                for signs in itertools.product([-1, 1], repeat=size)]
+                for signs in itertools.product([-1, 1], repeat=len(values))]
         assert stats.sign_flip_p(values) == statistics.fmean(found >= abs(sum(values)) - 1e-12 for found in sums)
     mean = 4.3027 / math.sqrt(3)  # of three values whose deviation is 1
     assert stats.student_p([mean - 1, mean, mean + 1]) == pytest.approx(0.05, abs=1e-5)
     assert stats.student_p([0.0, 0.0]) == 1 and stats.student_p([0.5, 0.5]) == 1e-15
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.5, 0.9]) == [1.0, 1.0] and stats.holm([0.2]) == [0.2] and stats.holm([]) == []
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
 
 
 def test_comparison_with_vit(tmp_path):
@@ -324,35 +317,25 @@ def test_comparison_with_vit(tmp_path):
         record(tmp_path, "vitshort", seed, epochs=3)  # there is no vit of 3 epochs
     record(tmp_path, "vitdiff", 3, accuracy=0.1)  # has no partner
     record(tmp_path, "vitbalanced", 0)  # nor has a single pair an interval
-    _, *rows = rows_of(tables(tmp_path)["paired-table"])
-    rows = {label: cells for label, *cells in rows}
+    rows = {label: cells for label, *cells in rows_of(tables(tmp_path)["paired-table"])[1:]}
     assert set(rows) == {"vitdiff", "vitwide"}
-    differences = [0.1, 0.3, 0.4]
-    half = 4.3027 * statistics.stdev(differences) / math.sqrt(3)
-    mean = statistics.fmean(differences)
-    assert rows["vitdiff"][:4] == [
-        f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", "3 of 3", "0.25", "0.5"]
+    mean, half = 0.8 / 3, 4.3027 * statistics.stdev([0.1, 0.3, 0.4]) / math.sqrt(3)
+    assert rows["vitdiff"][:4] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", "3 of 3", "0.25", "0.5"]
     assert rows["vitwide"][:4] == ["+0.00 (+0.00 to +0.00)", "0 of 3", "1", "1"]
-    table = cells_of(tables(tmp_path)["table"])
-    assert {label for label, row in table.items() if row["better in"]} == {"vitdiff", "vitwide"}
-    assert table["vitdiff"]["p (Holm)"] == "0.5"
+    assert cells_of(tables(tmp_path)["table"])["vitdiff"]["p (Holm)"] == "0.5"
 
 
 def test_nearest_baseline(tmp_path):
     """`vit` of one's own folder serves before the reference's, seed by seed, and of two that of one's own size."""
-    for seed in range(3):
-        record(tmp_path / "reference", "vit", seed)
-        record(tmp_path, "vitcosine", seed)
-        record(tmp_path, "vitcosine", seed, dim=48, folder=f"wide{seed}")
-    for seed in (0, 1):
-        record(tmp_path, "vit", seed)
-        record(tmp_path, "vit", seed, dim=48, folder=f"vitwide{seed}")
+    for root, model, dims, seeds in [("reference", "vit", [32], 3), ("", "vitcosine", [32, 48], 3),
+                                     ("", "vit", [32, 48], 2)]:
+        for dim, seed in itertools.product(dims, range(seeds)):
+            record(tmp_path / root, model, seed, dim=dim, folder=f"{model}-{dim}-{seed}")
     lines = lines_in(tmp_path)["mnist"]
-    for label, names in [("vitcosine, dim 32", ["mnist-vit-seed0", "mnist-vit-seed1"]),
-                         ("vitcosine, dim 48", ["vitwide0", "vitwide1"])]:
-        pairs = stats.pair_with_baseline(lines[label], list(lines.values()))
-        assert [other.folder for _, other in pairs] == [
-            *(tmp_path / name for name in names), tmp_path / "reference/mnist-vit-seed2"]
+    for dim in (32, 48):
+        pairs = stats.pair_with_baseline(lines[f"vitcosine, dim {dim}"], list(lines.values()))
+        assert [str(other.folder.relative_to(tmp_path)) for _, other in pairs] == [
+            f"vit-{dim}-0", f"vit-{dim}-1", "reference/vit-32-2"]
 
 
 # Analyses.
@@ -368,7 +351,8 @@ def record_analyses(root):
 
 
 def test_charts_of_an_analysis(tmp_path):
-    """They show the figures of noise.csv and attention.csv, with intervals where there are seeds."""
+    """They show the figures of noise.csv and attention.csv, with intervals where there are seeds. Each head has a map
+    of its own, all of a figure on one scale, in the order of the patches, with an outline."""
     record_analyses(tmp_path)
     figures = charts(tmp_path)
     panels = {axes.get_title(): axes for axes in figures["noise"].axes}
@@ -377,28 +361,16 @@ def test_charts_of_an_analysis(tmp_path):
     assert lines["vit (2 seeds)"].get_ydata() == pytest.approx([0.0195, 0.1, 0.2, 0.3, 0.4, 0.55])  # 0: clean
     assert lines["vitdiff (1 seed)"].get_ydata() == pytest.approx([0.02, 0.1, 0.1, 0.2, 0.2, 0.4])
     assert max(band.get_paths()[0].vertices[:, 1]) == pytest.approx(0.55 + 12.7062 * 0.05, abs=1e-5)
-
     for block, axes in enumerate(figures["relevance"].axes):
-        assert axes.get_title() == f"block {block}"
         vit, vitdiff = axes.containers
         assert vit.lines[0].get_ydata() == pytest.approx([0.22 + 0.1 * block, 0.27 + 0.1 * block])
         assert vitdiff.lines[0].get_ydata() == pytest.approx([0.11 + 0.1 * block, 0.16 + 0.1 * block])
         ends = vit.lines[2][0].get_segments()[0][:, 1]
         assert ends[1] - ends[0] == pytest.approx(2 * 12.706 * 0.01, rel=1e-4) and vitdiff.lines[2] == ()
-        assert {tuple(line.get_ydata()) for line in axes.get_lines() if line.get_linestyle() == "--"} >= {(0.4, 0.4)}
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["Clean", "Gaussian noise\nseverity 3"]
-
     panels = figures["blocks"].axes
-    assert [axes.get_ylabel().split("\n")[0] for axes in panels[::2]] == [
-        "entropy (nats)", "negative weight", "1 less the row's sum:"]
     assert [found.lines[0].get_ydata().tolist() for found in panels[2].containers] == [[0, 0], [0.25, 0.25]]
     assert [axes.containers[0].lines[0].get_ydata().tolist() for axes in panels[4:]] == [[0.2, 0.2], [0.5, 0.5]]
-
-
-def test_maps(tmp_path):
-    """Each head has a map of its own, all of a figure on one scale, in the order of the patches, with an outline."""
-    record_analyses(tmp_path)
-    axes = charts(tmp_path)["maps"].axes[0]
+    axes = figures["maps"].axes[0]
     shown = [image for image in axes.images if image.get_cmap().name == "RdBu_r"]
     assert len(shown) == 2 * 4 * 2  # lines, images, heads
     assert {(round(low, 3), round(high, 3)) for low, high in map(AxesImage.get_clim, shown)} == {(-0.6, 0.6)}
@@ -421,26 +393,13 @@ def test_tables_of_an_analysis(tmp_path):
     assert list(rows["vit"].values()) == ["vit", "2", "31.0% (1.00)", "40.0% (1.00)", f"35.5% ± {half:.1%} (1.00)"]
     assert list(rows["vitdiff"].values()) == [  # vit of seed 0 has errors of 30%, 40%, 35%
         "vitdiff", "1", f"20.0% ({2 / 3:.2f})", "60.0% (1.50)", f"40.0% ({0.4 / 0.35:.2f})"]
-    assert "vitdiffv2" not in rows and "p (Holm)" not in written["noise-table"]
     rows = cells_of(written["attention-table"])
     assert list(rows["vit"].values())[1:] == ["2", "32.0% ± 12.7% (2.50)", "37.0% ± 12.7% (2.50)"]
     assert list(rows["uniform attention"].values())[2:] == ["40.0% (1.00)"] * 2
-
     analyse(record(tmp_path, "vitdiff", 1), dict(blur=[0.9, 0.9, 0.8, 0.8, 0.6], shot_noise=[0.4] * 5), share=0.16)
     row = rows_of(tables(tmp_path)["attention-table"].split("## ")[2])[1]
     half = 12.7062 * 2  # the differences are -10 and -6
-    assert row == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2", "0.5", "0.5",
-                   f"{half * (1 + 1.3764 / 12.7062):.2f}"]
-
-
-def record_noises(root, errors):
-    """Runs of two seeds with test errors in percent: {model: [of Gaussian noise on the whole image, on relevant and on
-    irrelevant patches, of impulse noise, of blur]}; the second seed has one point more of each in all models but `vit`.
-    """
-    names = ["gaussian_noise", *records.PARTIAL_NOISE.values(), "impulse_noise", "blur"]
-    for (model, values), seed in itertools.product(errors.items(), range(2)):
-        analyse(record(root, model, seed), {
-            name: [1 - (value + seed * (model != "vit")) / 100] * 5 for name, value in zip(names, values)}, share=0.2)
+    assert row[:3] == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2"]
 
 
 @pytest.mark.parametrize("seeds, bold", [(7, False), (8, True)])
@@ -463,7 +422,6 @@ def test_tables_of_the_parts(tmp_path, seeds, bold):
     row = [cells[-6], f"{seeds} of {seeds}", f"{p:.3g}", f"{p_t:.3g}", f"{p:.3g}", f"{detectable:.2f}"]
     assert paired[1][7:13] == rows_of(written["comparisons"].split("## ")[2])[1][1:] == row
     assert each[1][1:] == [f"**{cell}**" if bold and shift != -0.1 else cell for shift, cell in cells.items()]
-    assert severities[0][-1] == "severity 5 (0.5)"
     assert severities[3] == ["gaussian noise shift", "vit", *(f"{10 + i}.00% ± 0.00%" for i in range(5))]
     assert differences[1:] == [[name, "vitdiff", *[cell] * 5]
                                for name, cell in zip(map(stats.readable, PARTS[:3]), cells.values())]
@@ -477,9 +435,6 @@ def test_charts_of_the_parts(tmp_path):
             ("vitdiff", [12, 4, 5, 9], (0.6, 0.5, 0.1), (0.5,)), ("vitsum", [19, 9, 5, 9], (0.6, 0.5, 0.7), (-0.5,))]:
         record_parts(tmp_path, model, errors, branches, 2, lambdas=lambdas)
     figures = charts(tmp_path)
-    assert [[axes.get_title() for axes in figures[name].axes] for name in ("noise", "shift-by-severity")] == [
-        ["Gaussian noise"], [stats.readable(name).capitalize() for name in PARTS]]
-
     def found(axes, model):
         """{how far below its row: [mean, ends]}"""
         place = rows.index(model)
@@ -516,8 +471,7 @@ def test_noise_on_a_part(tmp_path):
     half = 12.7062 / 2  # Student's t for two values that are 1 apart
     assert row[1::5] == [f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})" for mean in (-2.5, -6.5)] + [
         "-4.00 (-4.00 to -4.00)", "-28.2 (-75.8 to +19.5)"]  # 1 of 8 and 2 of 10 added points, less 8 of 18
-    assert other[1].startswith("-9.50 (") and other[-5:] == [""] * 5
-    assert len(figures["noise"].axes) == 3
+    assert other[-5:] == [""] * 5
     errors = [marks.lines[0].get_xdata()[0] for marks in figures["pixel-noise"].axes[0].containers]
     assert sorted(errors) == pytest.approx([0.095, 0.125, 0.25])  # of Gaussian and impulse noise
     for axes, mean in zip(figures["partial-noise"].axes, (-11.5, -2.5, -6.5)):
@@ -556,16 +510,15 @@ def test_unlike_analyses(tmp_path):
     analyse(record(tmp_path, "vit", 0, depth=3, distractors=6, folder="other"), dict(blur=[0.9] * 4), share=0.5,
             conditions=("6_distractors", "gaussian_noise_3"), blocks=3)
     figures = charts(tmp_path)
-    assert [axes.get_title() for axes in figures["relevance"].axes] == ["block 0", "block 1", "block 2"]
-    assert [axes.get_title() for axes in figures["noise"].axes] == ["Blur"]
-    assert len(drawn(figures["noise"].axes[0])["vitdiff (1 seed)"].get_ydata()) == 5  # severity 5 is not of all
+    (axes,) = figures["noise"].axes
+    assert len(figures["relevance"].axes) == 3
+    assert len(drawn(axes)["vitdiff (1 seed)"].get_ydata()) == 5  # severity 5 is not of all
     assert cells_of(tables(tmp_path)["noise-table"])["vitdiff"]["blur"].startswith("15.0%")
     rows = cells_of(tables(tmp_path)["attention-table"])
     assert list(rows["vit, depth 3, distractors 6"].values())[1:] == ["1", "", "76.0% (2.50)", "71.0% (2.50)"]
     assert list(rows["vitdiff"].values())[2:] == ["21.0% (2.50)", "26.0% (2.50)", ""]
     analyse(record(tmp_path, "vitnew"), {"occlusion": [0.9] * 5})
-    assert set(charts(tmp_path)) == {"val-loss", "val-accuracy", "parameters", "relevance", "blocks", "maps"}
-    assert set(tables(tmp_path)) == {"table", "attention-table"}
+    assert "noise" not in charts(tmp_path) and set(tables(tmp_path)) == {"table", "attention-table"}
 
 
 # Damage.
@@ -576,46 +529,30 @@ def figures_of(run):
             run.amounts, run.attention, run.response, [array.tolist() for array in run.maps or []])
 
 
-def damaged(chance, path, content):
-    """The bytes of a file after some damage; None: the file is lost. content: {path: bytes} of all files."""
-    data = content[path]
-    place, length = chance.randrange(len(data)), chance.randrange(1, 20)
-    lines, line = data.splitlines(keepends=True), chance.randrange(data.count(b"\n") or 1)
-    number = chance.choice(list(re.finditer(rb"\d[\d.]*", data)))
-    return chance.choice([
-        None, b"", data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1:],
-        data[:place] + data[place + length:], data[:place] + chance.randbytes(length) + data[place:],
-        b"".join(lines[:line] + lines[line + 1:]),
-        data[:number.start()] + chance.choice([b"nan", b"null", b"[]", b"1e999"]) + data[number.end():],
-        content[chance.choice([other for other in content if other.name == path.name and other != path])]])
-
-
 def test_damage(tmp_path):
     """A damaged run is named and left out, or it was read right: no other figure without a word, and no traceback."""
-    for name in ("mnist-vit-seed0", "fashionmnist-vit-seed0", "mnist-vitdiff-seed0", "clutteredmnist-vitdiffv2-seed0"):
+    for name in ("mnist-vit-seed0", "fashionmnist-vit-seed0", "clutteredmnist-vitdiffv2-seed0"):
         shutil.copytree(REFERENCE / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pt", "args.txt"))
     content = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     right = {run.folder: figures_of(run) for run in records.find_runs(tmp_path)[0]}
     chance, named = random.Random(16), 0
-    for i in range(240):
-        path = chance.choice(list(content))
-        data = damaged(chance, path, content)
-        path.unlink() if data is None else path.write_bytes(data)
+    for path in chance.choices(list(content), k=160):
+        data, place = content[path], chance.randrange(len(content[path]))
+        bad = chance.choice([  # None: the file is lost
+            None, b"", data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1:],
+            data[:place] + data[place + chance.randrange(1, 20):], data[:place] + chance.randbytes(9) + data[place:],
+            chance.choice([content[other] for other in content if other.name == path.name and other != path])])
+        path.unlink() if bad is None else path.write_bytes(bad)
         runs, skipped = records.find_runs(tmp_path)
         read = {run.folder: figures_of(run) for run in runs}
-        assert read == {folder: figures for folder, figures in right.items() if folder in read}
         if path.parent not in read:
             (line,) = skipped
             assert str(path.parent) in line
-            assert path.name in line or path.name == "summary.json" and data is None  # then it is not finished
+            assert path.name in line or path.name == "summary.json" and bad is None  # then it is not finished
             named += 1
-        assert set(right) - set(read) <= {path.parent}
-        if i % 80 == 0:
-            for dataset, lines in plot.arrange(runs).items():
-                assert "table" in stats.make_tables(dataset, lines)
-                assert all(plot.CHARTS[name](dataset, lines) for name in ("val-loss", "noise", "maps"))
-        path.write_bytes(content[path])
-    assert named > 180
+        assert right == {path.parent: right[path.parent]} | read
+        path.write_bytes(data)
+    assert named > 120
 
 
 @pytest.mark.parametrize("name, content", [
@@ -623,12 +560,12 @@ def test_damage(tmp_path):
     ("config.json", '{"settings": {"model": "vit", "dataset": "mnist", "seed": 0, "epochs": 2000000000}, "facts": {}}'),
     ("summary.json", '{"parameters": 0, "val_loss": 0.5, "test_loss": 0.5, "test_accuracy": 0.98}'),
     ("summary.json", '{"parameters": 33034, "val_loss": NaN, "test_loss": 0.5, "test_accuracy": 0.98}'),
-    ("metrics.csv", "epoch,val_loss,val_accuracy\n"), ("metrics.csv", "epoch,val_loss\n1,0.5\n"),
+    ("metrics.csv", "epoch,val_loss,val_accuracy\n"),
     ("metrics.csv", "epoch,val_loss,val_accuracy\n" + "".join(f"{i},1e300,0.5\n" for i in range(1, 21))),
     ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,1,0.5,nan\n"), ("noise.csv", b"\xff\x00"),
     ("noise.csv", "corruption,severity,amount,test_loss,test_accuracy\nblur,1,nan,0.5,0.5\n"),
     ("response.csv", "condition,block,head,noise_to_signal\nblur_3,1,0,0.5\n"),
-    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"), ("attention.csv", ""),
+    ("noise.csv", "corruption,severity,test_loss,test_accuracy\nblur,2,0.5,0.5\n"),
     ("attention.csv", f"condition,block,head,{','.join(records.ATTENTION_FIGURES)}\nclean,0,1,0,0,0,0,0,0,0\n"),
     ("attention.npz", b"PK\x03\x04"), ("attention.npz", b"not an archive"), *(("attention.npz", shapes) for shapes in [
         ((8, 2, 18, 18), (8, 1, 28, 28)), ((7, 2, 17, 17), (8, 1, 28, 28)), ((8, 2, 17, 17), (8, 2, 28, 28))])])
@@ -649,28 +586,31 @@ def test_damage_without_checksums(tmp_path, name, content):
 # The command.
 
 def test_command(tmp_path):
-    """It names what it skips, needs neither torch nor data, and writes valid files."""
-    record_analyses(tmp_path)
-    record(tmp_path / "trial/deeper")
-    record(tmp_path / "reference", "vitbalanced")
-    (record(tmp_path, "unfinished") / "summary.json").unlink()
-    (record(tmp_path, "cut") / "metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
-    (tmp_path / "holiday").mkdir()
+    """It names what it skips, needs neither torch nor data, and writes the same bytes whatever the user's matplotlibrc
+    and MPLBACKEND say."""
+    runs = tmp_path / "runs"
+    record_analyses(runs)
+    record(runs / "trial/deeper")
+    record(runs / "reference", "vitbalanced")
+    (record(runs, "unfinished") / "summary.json").unlink()
+    (record(runs, "cut") / "metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
+    (runs / "holiday").mkdir()
+    (tmp_path / "matplotlibrc").write_text("\n".join([
+        "text.usetex: True", "image.origin: lower", "savefig.bbox: tight", "figure.constrained_layout.use: True",
+        "axes.facecolor: black", "savefig.facecolor: black", "font.size: 20", "lines.marker: x", "figure.dpi: 30"]))
     code = ("import sys\nsys.modules.update(torch=None, torchvision=None, train=None, vit=None)\n"
             "import plot\nsys.exit(plot.main(sys.argv[1:]))")
-    process = subprocess.run([sys.executable, "-c", code, tmp_path, "--out", tmp_path / "out/new", "--format", "svg"],
-                             cwd=HERE, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, runs, "--out", "out/new"], cwd=tmp_path, capture_output=True,
+                             text=True, env=os.environ | dict(MPLBACKEND="inline", PYTHONPATH=str(HERE)))
     assert process.returncode == 0, process.stderr
-    skipped = process.stderr.splitlines()
-    assert len(skipped) == 3 and all(line.startswith("skipped ") for line in skipped)
-    for name in ("mnist-unfinished-seed0", "mnist-cut-seed0/metrics.csv", "holiday"):
-        assert sum(str(tmp_path / name) in line for line in skipped) == 1
-    charts_written = "val-loss val-accuracy parameters noise relevance blocks maps".split()
-    assert {path.name for path in (tmp_path / "out/new").iterdir()} == {
-        *(f"mnist-{name}.svg" for name in charts_written),
-        *(f"mnist-{name}.md" for name in ("table", "noise-table", "attention-table"))}
-    xml.etree.ElementTree.parse(tmp_path / "out/new/mnist-val-loss.svg")
-    assert process.stdout.endswith(f"\n3 tables and 7 charts are in {tmp_path / 'out/new'}\n")
+    skipped = sorted(process.stderr.splitlines())
+    for line, name in zip(skipped, ["holiday", "mnist-cut-seed0/metrics.csv", "mnist-unfinished-seed0"], strict=True):
+        assert line.startswith("skipped ") and str(runs / name) in line
+    assert process.stdout.endswith("\n3 tables and 7 charts are in out/new\n")
+    assert plot.main([str(runs), "--out", str(tmp_path / "plain")]) == 0
+    hostile, plain = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+                      for out in ("out/new", "plain"))
+    assert hostile == plain and len(plain) == 3 + 7
 
 
 def test_what_is_printed(tmp_path):
@@ -700,14 +640,6 @@ def test_a_screen(tmp_path, datasets, models):
     assert (left > 0) == (datasets * (models + 2) + 3 > 40)
 
 
-def test_printing_costs_no_chart(tmp_path):
-    """A closed pipe ends the printing alone."""
-    record(tmp_path, epochs=2)
-    process = subprocess.run(["bash", "-o", "pipefail", "-c", f"'{sys.executable}' plot.py '{tmp_path}' | head -n 0"],
-                             cwd=HERE, capture_output=True, text=True)
-    assert (process.returncode, process.stderr, len(list(tmp_path.glob("*.png")))) == (0, "", 2)
-
-
 def test_no_further_process(tmp_path, monkeypatch, capsys):
     """Where none can be started, or one is killed, the charts are drawn by this one."""
     def kill(dataset, lines, parent=os.getpid()):
@@ -721,32 +653,16 @@ def test_no_further_process(tmp_path, monkeypatch, capsys):
     record(tmp_path)
     monkeypatch.setattr(plot, "CHARTS", {"val-loss": kill})
     for out in (tmp_path / "killed", tmp_path / "alone"):
-        assert plot.main([str(tmp_path), "--out", str(out)]) == 0
-        assert "1 charts" in capsys.readouterr().out and (out / "mnist-val-loss.png").exists()
+        assert plot.main([str(tmp_path), "--out", str(out), "--format", "svg"]) == 0
+        assert "1 charts" in capsys.readouterr().out and xml.etree.ElementTree.parse(out / "mnist-val-loss.svg")
         monkeypatch.setattr(plot, "ProcessPoolExecutor", no_shared_memory)
-
-
-def test_matplotlibrc(tmp_path):
-    """Charts are the same bytes whatever the user's matplotlibrc and MPLBACKEND say."""
-    record_analyses(tmp_path / "runs")
-    (tmp_path / "matplotlibrc").write_text("\n".join([
-        "text.usetex: True", "image.origin: lower", "savefig.bbox: tight", "figure.constrained_layout.use: True",
-        "axes.facecolor: black", "figure.facecolor: black", "savefig.facecolor: black", "text.color: white",
-        "font.size: 20", "lines.marker: x", "axes.titley: 0.5", "figure.dpi: 30", "axes.grid: False"]))
-    assert plot.main([str(tmp_path / "runs"), "--out", str(tmp_path / "plain")]) == 0
-    subprocess.run([sys.executable, HERE / "plot.py", "runs", "--out", "hostile"], cwd=tmp_path, check=True,
-                   env=os.environ | dict(MPLBACKEND="inline"))
-    plain, hostile = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
-                      for name in ("plain", "hostile"))
-    assert len(plain) == 7 and plain == hostile
 
 
 @pytest.mark.parametrize("flags, said", [
     (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"), (["x" * 300], "too long"),
     (["runs", "runs/mnist-vit-seed0"], "is a run"), (["runs", "--out", "file"], "file"),
-    (["runs", "--out", "x" * 300], "too long"), (["runs", "--out", "table"], "mnist-table.md"),
-    (["runs", "--out", "chart"], "mnist-val-loss.png"), (["runs", "--format", "gif"], "gif"),
-    (["twice"], "twice/first and twice/second")])
+    (["runs", "--out", "table"], "mnist-table.md"),
+    (["runs", "--out", "chart"], "mnist-val-loss.png"), (["twice"], "twice/first and twice/second")])
 def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):
     """What the user can put right is said in one line, and the exit status is 2."""
     monkeypatch.chdir(tmp_path)
@@ -756,9 +672,7 @@ def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):
     Path("chart/mnist-val-loss.png").mkdir(parents=True)
     for root, folder in [("runs", None), ("twice", "first"), ("twice", "second")]:
         record(Path(root), folder=folder)
-    try:
-        status = plot.main(flags)
-    except SystemExit as exit_:
-        status = exit_.code
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(plot.main(flags))
     (line,) = capsys.readouterr().err.splitlines()
-    assert status == 2 and line.startswith("plot.py: error: ") and said in line
+    assert line.startswith("plot.py: error: ") and said in line

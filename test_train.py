@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -174,16 +173,20 @@ def loss_by_hand(model, split, settings):
     return losses.mean().item(), (logits.argmax(1) == split.labels).double().mean().item()
 
 
-def test_losses_are_means_over_all_samples(tmp_path):
-    """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch."""
+def test_losses_are_means_over_all_samples(tmp_path, monkeypatch):
+    """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch. The images of all
+    seeds are counted, and each seed has its share of the time: by a clock that ticks when it is read."""
     runs, splits, settings = make_runs("--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1",
                                        "--label-smoothing", "0.3", seeds=[0, 5], count=1_845, runs_dir=tmp_path)
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
     train.train_stack(runs, splits, settings)
     for seed, (row,) in zip([0, 5], runs.metrics):
         model = analysis.make_model(settings | dict(seed=seed))
         expected = [*loss_by_hand(model, splits["train"], settings), *loss_by_hand(model, splits["val"], settings)]
         found = [row[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")]
         assert found == pytest.approx(expected, abs=1e-6) and row["step"] == 4
+        assert row["images_per_second"] == 2 * 1_845
+    assert [row["seconds"] for (row,) in runs.metrics] == [2 / 2, 3 / 2]
 
 
 def test_learning_rate(tmp_path, monkeypatch):
@@ -267,16 +270,6 @@ def test_meta(monkeypatch, model, dataset):
     assert all(result.is_meta for result in results)
 
 
-def test_shares_of_a_stack(tmp_path, monkeypatch):
-    """The images of all seeds are counted, and each has its share of the time: by a clock that ticks when it is read.
-    """
-    runs, splits, settings = make_runs("--epochs", "1", seeds=[0, 1], runs_dir=tmp_path)
-    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    train.train_stack(runs, splits, settings)
-    assert [row["images_per_second"] for (row,) in runs.metrics] == [2 * 2_001] * 2
-    assert [row["seconds"] for (row,) in runs.metrics] == [2 / 2, 3 / 2]
-
-
 # Records.
 
 @pytest.fixture(scope="module")
@@ -311,12 +304,10 @@ def test_records(finished, finished_stack):
         assert {path.name for path in folder.iterdir()} == set(records.FILES) - left_out
         config, summary = (read_json(folder / name) for name in ("config.json", "summary.json"))
         settings, facts, metrics = config["settings"], config["facts"], table(folder / "metrics.csv")
-        assert list(settings) == records.SETTINGS and settings["amp"] == "off" and settings["plugin"] is None
-        assert settings["seed"] == summary["seed"] == seed and f"--seed {seed}\n" in (folder / "args.txt").read_text()
+        assert list(settings) == records.SETTINGS and settings["seed"] == summary["seed"] == seed
+        assert f"--seed {seed}\n" in (folder / "args.txt").read_text()
         assert [facts[name] for name in ("device", "torch", "processes", "compiled", "stack", "threads")] == [
             "cpu", torch.__version__, 1, False, of_stack, 1]
-        assert list(metrics[0]) == ["epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy",
-                                    "seconds", "images_per_second", "lambda_0"]
         assert [(row["epoch"], row["step"]) for row in metrics] == [("1", "5"), ("2", "10"), ("3", "15")]
         best = min(metrics, key=lambda row: float(row["val_loss"]))
         assert summary["best_epoch"] == int(best["epoch"]) and summary["epochs"] == 3
@@ -331,12 +322,8 @@ def test_records(finished, finished_stack):
             assert summary[name] == pytest.approx(expected, rel=1e-2 if "seconds" in name else 0, abs=atol)
         assert facts["parameters"] == summary["parameters"] == sum(
             weights.numel() for weights in records.read_checkpoint(folder / "best.pt").values())
-        assert set(summary["crc32"]) == {"summary.json", "config.json", "metrics.csv", *records.ANALYSIS} - left_out
         assert summary["crc32"] == records.checksums(folder, summary)
     assert len({row["val_loss"] for folder in runs for row in untimed(folder)}) == 9
-    tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs
-    attention = tokens * dim * 5 * dim + 2 * tokens * 2 * 4 + 2 * tokens * 4 + dim * dim  # of the class token alone
-    assert facts["flops_per_image"] == 2 * (4 * 196 * dim + attention + 2 * dim * 16 + dim * 16 + 16 * 10)
 
 
 def test_checkpoints(finished_stack, tmp_path):
@@ -395,8 +382,9 @@ def test_interrupted_at_any_write(tmp_path, monkeypatch):
     flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1", "--analysis"], os.replace
     splits = {name: cut(split, 201) for name, split in mnist().items()}
     monkeypatch.setattr(data, "load_splits", lambda *arguments: splits)
-    for name in ("measure_noise", "measure_attention"):  # which take longer than the rest
-        monkeypatch.setattr(analysis, name, lambda *arguments: [dict(loss=analysis.evaluate(*arguments)[0])])
+    for name in ("measure_noise", "measure_attention", "measure_response"):  # which take longer than the rest
+        monkeypatch.setattr(analysis, name, lambda *arguments: [
+            [dict(loss=loss)] for loss, _ in analysis.evaluate(*arguments)])
     assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
     (plan,) = train.plan_experiments(train.parse_flags(flags), CPU, None)
     monkeypatch.setattr(train, "plan_experiments", lambda args, *others: [  # which is the same each time
@@ -484,8 +472,7 @@ def test_products_are_trained_once(tmp_path, capsys):
         assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[-1]
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert command(*flags, "--model", "vitdiffv2", "--overwrite") == 0
-    out = capsys.readouterr().out
-    assert out.count(" epoch 1/1 ") == 2 and "finished before" not in out
+    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
 
 
 # What goes wrong.
@@ -498,21 +485,17 @@ BAD_FLAGS = [
     (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),
     (["--dim", "999999999999"], ["--dim", "'999999999999'"]),
     (["--batch-size", "55001"], ["--batch-size", "55001", "55000", "mnist"]),
-    (["--lr", "nan"], ["--lr", "'nan'"]),
     (["--dropout", "1"], ["--dropout", "'1'"]),
     (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
-    (["--threads", "0"], ["--threads", "'0'"]),
     (["--device", "cuda:99"], ["--device cuda:99", "--device auto"]),
     (["--distractors", "4"], ["--distractors", "mnist", "clutteredmnist", "clutteredfashionmnist"]),
     (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]),
     (["--plugin", "README.md"], ["README.md"]),
-    (["--plugin", "x" * 300], ["--plugin", "too long"]),
     (["@missing.txt"], ["missing.txt"]),
     (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["@file"]),
     (["--data-dir", "README.md"], ["--data-dir", "README.md"]),
     (["--data-dir", "locked"], ["--data-dir", "'locked'", "Permission denied"]),
     (["--runs-dir", "x" * 300], ["--runs-dir", "too long"]),
-    (["--runs-dir", "README.md/runs"], ["README.md"]),
     (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
 ]
 
@@ -564,12 +547,10 @@ def test_what_cannot_be_read_again(tmp_path, capsys, monkeypatch, row, words):
 def test_help(capsys):
     """--help names every model, data set and flag."""
     assert command("--help") == 0
-    out = capsys.readouterr().out
-    for name in [*MODELS, *DATASETS]:
-        assert re.search(rf"\b{name}\b", out)
-    for name in [*records.SETTINGS[3:], "device", "threads", "data_dir", "runs_dir", "overwrite", "analysis", "compile",
-                 "stack"]:
-        assert f"--{name.replace('_', '-')} " in out or f"--{name.replace('_', '-')}," in out, name
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    flags = [*records.SETTINGS[3:], "device", "threads", "data_dir", "runs_dir", "overwrite", "analysis", "compile",
+             "stack"]
+    assert words >= {*MODELS, *DATASETS, *(f"--{name.replace('_', '-')}" for name in flags)}
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "summary.json"])
@@ -580,8 +561,7 @@ def test_damaged_records(finished, tmp_path, capsys, monkeypatch, name):
     folder, foreign = copy_run(finished, tmp_path), io.BytesIO()
     torch.save(dict(weights=torch.zeros(3)), foreign)
     content = (folder / name).read_bytes()
-    damaged = [content[:len(content) // 2], b"", b"not a record", foreign.getvalue(), b"{}", b"[]",
-               b'{"settings": {}, "facts": []}']
+    damaged = [content[:len(content) // 2], b"", foreign.getvalue(), b"[]", b'{"settings": {}, "facts": []}']
     if name.endswith(".pt"):  # a bit of a weight has flipped
         with zipfile.ZipFile(folder / name) as archive:
             weights = max(map(archive.read, archive.namelist()), key=len)
@@ -590,7 +570,7 @@ def test_damaged_records(finished, tmp_path, capsys, monkeypatch, name):
         (folder / "summary.json").unlink()
     if name == "config.json":
         damaged += [json.dumps(json.loads(content) | dict(facts=facts)).encode() for facts in (
-            {}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=None), dict(stack=[0], threads="2"))]
+            {}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=[0], threads="2"))]
     for bad in damaged:
         (folder / name).write_bytes(bad)
         assert_refused(capsys, [*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", folder.parent], folder / name,
@@ -625,8 +605,6 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         folder = tmp_path / f"mnist-vitdiff-seed{seed}"
         assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
-    last = records.read_checkpoint(tmp_path / "mnist-vitdiff-seed0/last.pt")
-    assert [len(rows) for rows in last["metrics"]] == [1, 1] and last["leaves"]["matrices"].isfinite().all()
 
 
 def test_full_disk(tmp_path, capsys):
@@ -651,14 +629,10 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys, error):
 
 
 class Misshapen(SelfAttention):
-    """An attention with a bug: some of its products do not fit, in `forward` or only in `attention_map`."""
-    where = "forward"
+    """An attention with a bug: some of its products do not fit."""
 
     def forward(self, x, keep=None):
-        return super().forward(x @ torch.ones(3, 3) if self.where == "forward" and not x.is_meta else x, keep)
-
-    def attention_map(self, x):
-        return super().attention_map(x @ torch.ones(3, 3) if self.where == "attention_map" else x)
+        return super().forward(x if x.is_meta else x @ torch.ones(3, 3), keep)
 
 
 def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
@@ -708,22 +682,12 @@ def test_an_attention_of_ones_own(tmp_path):
     """The README's own lines, in a file of their own, train a new model and draw it in front of the reference."""
     code = next(code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
                 if "MODELS[" in code)
-    assert len(code.strip().splitlines()) <= 12
     (tmp_path / "my_attention.py").write_text(code)
-    runs = tmp_path / "runs"
-    shutil.copytree(HERE / "runs/reference", runs / "reference",
-                    ignore=shutil.ignore_patterns("*.png", "cluttered*-seed*"))
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
-                              check=True).stdout
-
-    run("train.py", "--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", "--seed", "0", "1", *TINY,
-        "--epochs", "1", "--runs-dir", runs)
-    settings, _ = records.read_config(runs / "mnist-vitcosine-seed1")
-    assert records.find_run_plugin(runs / "mnist-vitcosine-seed1", settings["plugin"]).read_text() == code
-    (row,) = re.findall(r"^ *vitcosine.*$", run("plot.py", runs, "--out", tmp_path / "charts"), re.MULTILINE)
-    mean = statistics.fmean(records.read_summary(runs / f"mnist-vitcosine-seed{seed}")["test_accuracy"]
-                            for seed in (0, 1))
-    assert f"{mean:.2%}" in row
-    assert (tmp_path / "charts/mnist-val-loss.png").read_bytes().startswith(b"\x89PNG")
+    shutil.copytree(HERE / "runs/reference/mnist-vit-seed0", tmp_path / "runs/reference/mnist-vit-seed0")
+    flags = ["--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", *TINY, "--epochs", "1"]
+    for arguments in (["train.py", *flags, "--runs-dir", tmp_path / "runs"], ["plot.py", tmp_path / "runs"]):
+        printed = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                                 check=True).stdout
+    (row,) = re.findall(r"^ *vitcosine.*$", printed, re.MULTILINE)
+    summary = read_json(tmp_path / "runs/mnist-vitcosine-seed0/summary.json")
+    assert f"{summary['test_accuracy']:.2%}" in row and (tmp_path / "runs/mnist-val-loss.png").exists()

@@ -9,7 +9,7 @@ it. So the models of S seeds are trained side by side: their weights are rows of
     losses                      (S,)                    row s of the gradient of their sum is the gradient of loss s
 
 torch.vmap calls one model with each row's weights, all rows at once; the optimizer sees two tensors in place of forty.
-A single model is a stack of one, for which vmap is left out, and nothing that uses a stack asks how many it holds.
+A single model is a stack of one, for which vmap is left out; the loop does not ask how many it holds.
 """
 
 import contextlib

@@ -370,6 +370,10 @@ def new_rows(title, notes, lines, order, headings, columns, width, **options):
     return figure, list(grid.flat), {place: line for place, line in enumerate(rows.values()) if line}
 
 
+def dashed_note(lines):
+    return f"; dashed: {BASELINE}" if any(line.model == BASELINE for line in lines) else ""
+
+
 def draw_rows(title, notes, xlabel, number, lines, panels):
     """Means and their intervals from 0, by rows. panels: {heading: {label: sample}}, of which the first decides the
     order. number: how a mean is written."""
@@ -406,7 +410,7 @@ def draw_errors(title, notes, panels, dataset, lines):
               for heading, part in panels.items()}
     figure, row = draw_rows(
         f"Test error under {title} on {in_print(dataset)}", [
-            *notes, f"mean over severities 1 to {severities}, none met in training; dashed: {BASELINE}"],
+            *notes, f"mean over severities 1 to {severities}, none met in training" + dashed_note(lines)],
         "test error", "{:.1%}".format, lines, panels)
     for axes, samples in zip(row, panels.values()):
         mark_baseline(axes, lines, lambda line: samples[line.label])
@@ -502,7 +506,7 @@ def draw_response(dataset, lines):
     figure, grid, rows = new_rows(
         f"Response of the heads to the two parts of Gaussian noise, {in_print(dataset)}", [
             "noise to signal: energy of what the noise changes, by that of the clean outputs around their mean image",
-            f"severity {first[0].split('_')[-1]}, mean over heads; dashed: {BASELINE}, whose heads have one branch"],
+            f"severity {first[0].split('_')[-1]}, mean over heads{dashed_note(lines)}"],
         lines, lambda line: statistics.fmean(response_samples(line, *first)["noise_to_signal"]), panels, len(blocks),
         2.9, legend=[text for text, _, _ in BRANCHES.values()])
     for axes, place in zip(grid, panels.values()):

@@ -351,6 +351,9 @@ def test_git_commit(tmp_path, monkeypatch):
     assert records.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "records.py").write_text("one = 2\n")
     assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "inside/records.py"))
+    assert records.git_commit() is None  # the checkout is another project's
 
 
 def test_best_weights_are_tested_once(tmp_path, monkeypatch):
@@ -539,8 +542,10 @@ def test_what_cannot_be_read_again(tmp_path, capsys, monkeypatch, row, words):
             assert command(f"@{folder / 'args.txt'}", *TINY, "--runs-dir", folder.parent) == 0
 
 
-def test_help(capsys):
-    """--help names every model, data set and flag."""
+def test_help(tmp_path, capsys):
+    """--help names every model, data set and flag; in an @FILE, too, ~ is the home folder."""
+    (tmp_path / "flags").write_text("--runs-dir ~/runs\n")
+    assert train.parse_flags([f"@{tmp_path / 'flags'}"]).runs_dir == Path.home() / "runs"
     assert command("--help") == 0
     words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
     flags = [*records.SETTINGS[3:], "device", "threads", "data_dir", "runs_dir", "overwrite", "analysis", "compile",

@@ -715,10 +715,7 @@ def plot(args):
         print(f"left out: what {left_out} runs did under noise of other amounts than the first run's", file=sys.stderr)
     for model in itertools.chain(*args.compare):
         records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): name another folder with --out") from None
+    records.make_folder(out, "name another folder with --out")
     tables = {out / f"{dataset}-{name}.md": table for dataset, lines in datasets.items()
               for name, table in stats.make_tables(dataset, lines, args.compare).items()}
     for path, table in tables.items():

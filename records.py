@@ -51,6 +51,7 @@ RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight
                    "label_smoothing", "distractors", *AUGMENTATION, "amp"]
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
 SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTINGS]
+YOUNGER = dict(brightness=0.0)  # settings that early records do not have
 SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well
 # Corruptions in noise.csv, besides those of whole images: {part of the image: name}.
@@ -224,13 +225,9 @@ def write_json(path, content):
 
 def write_csv(path, rows, number="{:.6f}", **formats):
     """rows: dicts whose keys are the columns; formats: {column: format} of floats that are not written as `number`."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: formats.get(name, number if isinstance(value, float) else "{}").format(value)
-                         for name, value in row.items()})
-    write_whole(path, table.getvalue())
+    write_whole(path, format_csv([
+        {name: formats.get(name, number if isinstance(value, float) else "{}").format(value)
+         for name, value in row.items()} for row in rows], rows[0]))
 
 
 def write_config(folder, settings, facts, plugin=None):
@@ -357,9 +354,7 @@ def read_checkpoint(path):
 
 
 def check_settings(settings):
-    """A ValueError, or another that `reading` knows, unless a record of these settings can be read. A setting that is
-    younger than the record gets the value that it had then."""
-    settings.setdefault("brightness", 0.0)
+    """A ValueError, or another that `reading` knows, unless a record of these settings can be read."""
     for name in ("model", "dataset"):
         check(re.fullmatch(r"[^\W_][\w .+-]*", settings[name]), f"{name} {settings[name]!r} is not a name of letters, "
               "digits and . + - _, of which the first is a letter or digit")  # as charts' files have it
@@ -367,6 +362,11 @@ def check_settings(settings):
     check(type(settings["epochs"]) is int, "epochs is not a whole number")
     check(settings.get("plugin") is None or re.fullmatch(r".+ \w+", settings["plugin"]),
           "plugin is not a name and digits")
+
+
+def complete(settings):
+    """Settings with those that are younger than their record, at the value that they had then."""
+    return settings | {name: value for name, value in YOUNGER.items() if name not in settings}
 
 
 def check_recordable(settings):
@@ -393,7 +393,7 @@ def read_config(folder):
         settings, facts = config["settings"], config["facts"]
         check(isinstance(settings, dict) and isinstance(facts, dict), "settings and facts are not objects")
         check_settings(settings)
-        return settings, facts
+        return complete(settings), facts
 
 
 def read_summary(folder):
@@ -672,6 +672,7 @@ def read_rows(folder, sums=None):
     return parse_rows(folder / "runs.csv", read_table(folder, "runs.csv", sums)) if sums else {}
 
 
+@functools.lru_cache(maxsize=2)  # train.py asks for each of its runs
 def parse_rows(path, text):
     """Settings end with the last that this program knows, figures begin with val_loss; what is a figure and a setting
     or fact as well has one column."""
@@ -686,7 +687,7 @@ def parse_rows(path, text):
             settings, facts_, summary = ({column: row[column] for column in part if column in row} for part in parts)
             check_settings(settings)
             check_summary(summary)
-            rows[row["run"]] = Row(row["run"], row["args"], settings, facts_, summary)
+            rows[row["run"]] = Row(row["run"], row["args"], complete(settings), facts_, summary)
         return rows
 
 
@@ -799,8 +800,8 @@ def check_movable(run):
 
 def stage_tables(folder, runs):
     """Write the tables of a folder with these runs added, each beside the old one: {table: SHA-256}."""
-    old_sums, rows = read_sums(folder), read_rows(folder)
-    rows |= {run.folder.name: make_row(run) for run in runs}
+    old_sums = read_sums(folder)
+    rows = read_rows(folder) | {run.folder.name: make_row(run) for run in runs}
     order = sorted(rows, key=lambda name: [rows[name].settings[key] for key in ("dataset", "model", "seed")])
     texts = {"runs.csv": format_rows([rows[name] for name in order])}
     for table in TABLES[1:]:
@@ -1015,10 +1016,6 @@ def execute_plugin(path):
     return f"{path.name.replace(f'-{digits}.py', '.py')} {digits}"  # a kept copy stands for what it is a copy of
 
 
-def plugin_name(settings):
-    return settings["plugin"].rsplit(" ", 1)[0]
-
-
 def find_plugin(setting, *places):
     """The first Python file in these folders that the `plugin` setting of a run stands for, by its SHA-256, or None."""
     for path in [path for place in places for path in sorted(place.glob("*.py"))]:
@@ -1053,11 +1050,11 @@ def keep_plugin(runs_dir, setting, source):
     return kept
 
 
-def make_folder(folder):
+def make_folder(folder, advice="name another one"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): name another one") from None
+        raise UserError(f"{folder} cannot be made ({error.strerror}): {advice}") from None
 
 
 def git_commit():

@@ -141,12 +141,16 @@ def extract(name, source, data_dir):
     """Have torchvision's class `source` extract its archives, and download what is missing, unless that is done.
     What is there is never changed."""
     from torchvision.datasets.utils import check_integrity
-    if check_extracted(name, source, data_dir):
-        return
     if hasattr(source, "resources"):
         folder, archives = data_dir / source.__name__ / "raw", dict(source.resources)
     else:
         folder, archives = data_dir, {source.filename: source.tgz_md5}
+    try:
+        if check_extracted(name, source, data_dir):
+            return
+    except UserError:  # or another command is writing that file, which ends before this one has the lock
+        if not os.access(data_dir, os.W_OK):
+            raise
     for place in (data_dir, folder):
         if place.exists() and not os.access(place, os.W_OK):
             raise UserError(f"{name} is to be extracted, and {place} cannot be written to: give a --data-dir that can, "

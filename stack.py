@@ -156,7 +156,7 @@ def is_compiled(choice, stack_steps, device, amp):
         possible = machine.world_size() == 1 and amp != "float16"
         if choice == "yes" and not possible:
             machine.say("steps are not captured: a CUDA graph cannot wait for other ranks or a gradient scaler")
-        return choice == "yes" and possible
+        return choice != "no" and possible
     if choice != "auto" or device.type != "cpu":
         return choice == "yes"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tarfile
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -97,21 +98,29 @@ def refusal(name, folder):
 
 
 def test_archives_and_splits(tmp_path, no_network, monkeypatch):
-    """Of two commands started together one extracts the archives, without a network; both draw the same splits of all
-    images."""
+    """Of two commands started together, and a third that finds a file half written, one extracts the archives, without
+    a network; all draw the same splits of all images."""
     raw, results, extractions, download = link_archives(tmp_path), [], [], MNIST.download
-    monkeypatch.setattr(MNIST, "download", lambda dataset: extractions.append(download(dataset)))
     threads = [threading.Thread(target=lambda: results.append(data.load_splits("mnist", tmp_path, CPU)))
-               for _ in range(2)]
-    for thread in threads:
+               for _ in range(3)]
+
+    def extract(dataset):
+        (raw / "train-images-idx3-ubyte").write_bytes(b"")
+        threads[2].start()
+        time.sleep(0.2)
+        (raw / "train-images-idx3-ubyte").unlink()
+        extractions.append(download(dataset))
+
+    monkeypatch.setattr(MNIST, "download", extract)
+    for thread in threads[:2]:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(extractions) == 1
     assert {name: len(split.labels) for name, split in mnist().items()} == {
         "train": 55_000, "val": 5_000, "test": 10_000}
-    first, second = results
-    for splits, name in [(first, "train"), (second, "val"), (second, "test")]:
+    first, second, third = results
+    for splits, name in [(first, "train"), (second, "val"), (third, "test")]:
         assert splits[name].images.dtype == torch.uint8 and splits[name].images.shape[1:] == (1, 28, 28)
         assert all(map(torch.equal, splits[name], mnist()[name]))
     with gzip.open(raw / "train-images-idx3-ubyte.gz") as file:

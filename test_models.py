@@ -196,10 +196,8 @@ def test_precision(name, seeds):
 # The controls, each one change away from one of these.
 
 CONTROLS = {  # {plugin: {name: parameters}}
-    "plugin.py": {"vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitcentered": 33_162,
-                  "vitheadnorm": 33_066, "vitdiffnonorm": 37_258},
-    "sums/plugin.py": {"vitdiffsum": 37_290, "vitsumscaled": 35_210},
-    "sums/kept.py": {"vitdiffabs": 37_290}, "more.py": {"vitboth": 37_194},  # vitdiff has 37,290
+    "plugin.py": {"vitheads": 33_034, "vitmatched": 37_194, "vitboth": 37_194, "vitsum": 35_210, "vitsumscaled": 35_210,
+                  "vitdiffabs": 37_290, "vitdiffnonorm": 37_258, "vitcentered": 33_162, "vitheadnorm": 33_066},
     "../faults/attention/plugin.py": {"vitdifftokennorm": 37_386, "vitdiffnovember": 37_274}}
 
 
@@ -209,9 +207,9 @@ def control_by_hand(name, weights, x, depth):
         return None, faulty_by_hand(weights, x, depth, november=name == "vitdiffnovember")
     if name in ("vitheads", "vitmatched", "vitboth"):
         return self_by_hand(weights, x, 2 if name == "vitmatched" else 4)
-    if name in ("vitdiffsum", "vitdiffabs", "vitdiffnonorm"):
+    if name in ("vitdiffabs", "vitdiffnonorm"):
         lam, _ = lambda_by_hand(weights, depth)
-        sign = {"vitdiffsum": 1, "vitdiffabs": math.copysign(1, lam), "vitdiffnonorm": -1}[name]
+        sign = math.copysign(1, lam) if name == "vitdiffabs" else -1
         return v1_by_hand(weights, x, 2, 16, depth, sign, scale=1 if name == "vitdiffnonorm" else None)
     if name in ("vitsum", "vitsumscaled"):
         return v2_by_hand(weights, x, 2, sign=1, scaled=name == "vitsumscaled")
@@ -244,14 +242,15 @@ def faulty_by_hand(weights, x, depth, november):
 @pytest.mark.parametrize("plugin, name", [(plugin, name) for plugin in CONTROLS for name in CONTROLS[plugin]])
 def test_controls(monkeypatch, plugin, name):
     """Each control, and each fault put back, has the parameters that its file says, and its attention, map, first
-    tokens and branches are its formula's. Branches that it inherits and that are not its own are not offered."""
+    tokens and branches are its formula's."""
     monkeypatch.setattr(vit, "MODELS", dict(MODELS))
     records.execute_plugin(Path(__file__).parent / "runs/controls" / plugin)
     assert set(vit.MODELS) - set(MODELS) == set(CONTROLS[plugin])
     model = randomize(build_model(name))
     assert count_parameters(model) == CONTROLS[plugin][name]
     branches = model.attention_branches(torch.zeros(1, 1, 28, 28).double())
-    assert (branches is None) == (name in ("vitcentered", "vitsumscaled"))
+    assert [len(terms) for terms in branches] == 2 * [1 if vit.MODELS[name]["attention"] is SelfAttention or
+                                                      name == "vitheadnorm" else 2]
     torch.manual_seed(0)
     x = torch.randn(3, 7, 32).double()
     for depth, block in enumerate(model.blocks):

@@ -180,12 +180,13 @@ def test_stacks(tmp_path, capsys, monkeypatch, attention, flags, expected, why):
 @pytest.mark.parametrize("choice, steps, device, amp, ranks, compiler, expected", [
     ("auto", 5_000, "cpu", "off", 1, "g++", True), ("auto", 4_999, "cpu", "off", 1, "g++", False),
     ("auto", 5_000, "cpu", "off", 1, None, False), ("no", 5_000, "cpu", "off", 1, "g++", False),
-    ("yes", 1, "cpu", "float16", 2, None, True), ("auto", 10**9, "cuda", "off", 1, "g++", False),  # until measured
+    ("yes", 1, "cpu", "float16", 2, None, True), ("auto", 1, "cuda", "off", 1, None, True),
+    ("no", 1, "cuda", "off", 1, None, False), ("auto", 1, "cuda", "float16", 1, None, False),
     ("yes", 1, "cuda", "bfloat16", 1, None, True), ("yes", 1, "cuda", "float16", 1, None, "not captured"),
     ("yes", 1, "cuda", "off", 2, None, "not captured")])
 def test_when_to_compile(monkeypatch, capsys, choice, steps, device, amp, ranks, compiler, expected):
-    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough. On CUDA steps are
-    captured where that is asked for and can be; a line says where it cannot."""
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; on CUDA it
+    captures steps that can be. A line says where what is asked for cannot be."""
     monkeypatch.setattr(stack.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(machine, "world_size", lambda: ranks)
     assert stack.is_compiled(choice, steps, torch.device(device), amp) is (expected is True)

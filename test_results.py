@@ -1,5 +1,6 @@
 """The committed runs: what repeats them, and every number that README and report say of them."""
 
+import csv
 import functools
 import itertools
 import math
@@ -22,7 +23,8 @@ RUNS = HERE / "runs"
 REFERENCE = sorted((RUNS / "reference").glob("*-seed0"))
 BOTH = dict(mnist="MNIST", fashionmnist="Fashion-MNIST")
 SEEDS = dict(mnist=20, fashionmnist=20, clutteredmnist=8)  # of the reference
-CONTROLS, SUMS = ("controls", "reference"), ("controls/sums", "controls", "reference")  # folders compared together
+CONTROLS = ("controls", "reference")  # folders compared together
+OLD = "6eff288"  # the commit of canvases, faults and recipes
 READMES = [HERE / "README.md", *sorted(RUNS.glob("**/*.md"))]
 
 
@@ -50,46 +52,49 @@ def test_reference_settings():
             assert train.resolve_settings(args, model, dataset, seed, torch.device("cpu")) == recorded
 
 
-def commit_of(run):
-    """The commit that trained a run. Of some runs the record adds -dirty, as copies of a plugin lay beside the code."""
-    return run.facts["git_commit"].removesuffix("-dirty")
+def facts_of(runs):
+    """The commits and devices that trained runs. Of some the record adds -dirty: copies of a plugin lay beside the code.
+    """
+    return {(run.facts["git_commit"].removesuffix("-dirty")[:7], run.facts["device_name"]) for run in runs}
 
 
 def test_reference_runs():
-    """The reference has all seeds of all models, by one commit of the code."""
+    """The reference has all seeds of all models, on MNIST and Fashion-MNIST by one commit of the code on one device."""
     assert set(runs_of("reference")) == {
         (dataset, model, seed) for dataset, seeds in SEEDS.items()
         for model in MODELS if dataset != "clutteredmnist" or model != "vitbalanced" for seed in range(seeds)}
-    (commit,) = set(map(commit_of, runs_of("reference").values()))
-    assert re.fullmatch("[0-9a-f]{40}", commit)
+    for dataset in SEEDS:
+        found = facts_of(run for key, run in runs_of("reference").items() if key[0] == dataset)
+        assert found == {(OLD, "x86_64") if dataset == "clutteredmnist" else ("7a4e73b", "NVIDIA H100 80GB HBM3")}
 
 
 OTHER_RECIPES = dict(mnist=dict(muon_lr=0.008), fashionmnist=dict(batch_size=128, muon_lr=0.005, lr=0.003))
 
 
 @pytest.mark.parametrize("place, models, seeds, datasets", [
-    ("controls", "vitheads vitmatched vitsum vitcentered vitheadnorm vitdiffnonorm", 10, BOTH),
-    ("controls/sums", "vitsumscaled vitdiffabs vitdiffsum", 10, BOTH),
+    ("controls", "vitheads vitmatched vitboth vitsum vitsumscaled vitcentered", 10, BOTH),
     ("faults/activated", "vit vitdiff", 10, ["mnist"]), ("faults/ordered", "vit vitdiff", 10, ["mnist"]),
     ("faults/attention", "vitdifftokennorm vitdiffnovember", 10, ["mnist"]),
     ("trials/recipes", "vit vitdiff", 10, BOTH), ("trials/muon-0.008", "vit vitdiff", 5, ["mnist"])])
 def test_one_change(place, models, seeds, datasets):
-    """Controls, faults and other recipes have the settings and the commit of the reference, but for a plugin that lies
-    beside them, a model, a setting; the trials are by an older commit."""
+    """Controls, faults and other recipes have the settings of the reference, but for a plugin that lies beside them, a
+    model, a setting; controls have its commit and device, too."""
     expected = set(itertools.product(datasets, models.split(), range(seeds)))
-    if place == "controls/sums":  # which was trained on MNIST alone
-        expected -= {("fashionmnist", "vitdiffsum", seed) for seed in range(10)}
+    if place == "controls":
+        expected -= {("mnist", "vitsum", seed) for seed in range(10)}
+        assert facts_of(runs_of(place).values()) == {("7a4e73b", "NVIDIA H100 80GB HBM3")}
     assert set(runs_of(place)) == expected
     for (dataset, model, seed), run in runs_of(place).items():
         reference = runs_of("reference")[dataset, "vit", seed]
-        changed = {"vitheads": dict(num_heads=4), "vitmatched": dict(mlp_dim=160)}.get(model, {})
+        changed = dict(num_heads=4) if model in ("vitheads", "vitboth") else {}
+        changed |= dict(mlp_dim=160) if model in ("vitmatched", "vitboth") else {}
         if place.startswith("trials"):
             changed = OTHER_RECIPES[dataset]
         else:
             changed["plugin"] = run.settings["plugin"]
             assert records.find_run_plugin(run.folder, run.settings["plugin"]).parent == RUNS / place
         assert run.settings == reference.settings | dict(model=model) | changed
-        assert place == "trials/muon-0.008" or commit_of(run) == commit_of(reference)
+        assert place in ("controls", "trials/muon-0.008") or facts_of([run]) == {(OLD, "x86_64")}
 
 
 def words(text):
@@ -112,8 +117,8 @@ def accuracy(run):
     return 100 * run.summary["test_accuracy"]
 
 
-def noise_error(run):
-    return 100 * stats.noise_error(run, stats.PIXEL_NOISES, 5)
+def error_under(corruption):
+    return lambda run: 100 * stats.noise_error(run, [corruption], 5)
 
 
 def mean_of(line, figure):
@@ -132,11 +137,11 @@ def detectable(found):
     return found and f"{found.detectable:.2f}" or ""
 
 
-def on_both(places, figure_of, more_is_better, beside, compared=()):
-    """Rows of a table of differences: on each data set the interval, and the cell that `beside` makes."""
-    found = [stats.compare_lines(lines_of(*places)[dataset], figure_of, more_is_better, compared) for dataset in BOTH]
-    return [[name, *(cell(rows.get(name)) for rows in found for cell in (interval, beside))]
-            for name in dict.fromkeys(itertools.chain(*found))]
+def on_both(found, cell):
+    """Rows of a table of differences: a name, and on each data set the interval and what `cell` makes. found: {data set:
+    {name: Comparison}}."""
+    return [[name, *(text(rows.get(name)) for rows in found.values() for text in (interval, cell))]
+            for name in dict.fromkeys(itertools.chain(*found.values()))]
 
 
 def pairs_compared(*places):
@@ -147,27 +152,52 @@ def pairs_compared(*places):
     return re.findall(r"--compare (\w+) (\w+)", flags)
 
 
-@pytest.mark.parametrize("dataset", BOTH)
-def test_results_in_the_readme(dataset):
-    """README's tables are the means over the reference seeds, beside what is published."""
-    lines = {line.model: line for line in lines_of("reference")[dataset]}
-    assert_table("README.md", [[
-        model, f"{lines[model].runs[0].summary['parameters']:,}", f"{mean_of(lines[model], 'val_loss'):.4f}",
-        f"{mean_of(lines[model], 'test_loss'):.4f}", f"{mean_of(lines[model], 'test_accuracy'):.2%}",
-        f"{statistics.fmean(map(noise_error, lines[model].runs)):.1f}%"] for model in MODELS])
-    published = [stats.PUBLISHED[dataset, model] for model in ("vit", "vitbalanced", "vitdiff")]
-    columns = [[format(figures[i], form) for figures in published] for i, form in ((1, ","), (2, ".3f"), (3, ".3f"))]
-    accuracies = [f"{100 * figures.test_accuracy:.2f}" for figures in published]
-    assert_says("README.md", "| {} | {} | {} | {}% | |", *map(", ".join, [*columns, accuracies]))
+def by_dataset(comparisons, *part):
+    """{data set: {models: Comparison}} of what stats.compare_models found, of one part of the noise if it is named."""
+    return {dataset: {key[1]: found for key, found in comparisons.items() if key[0] == BOTH[dataset]
+                      and key[2:] == part} for dataset in BOTH}
+
+
+def test_results_in_the_readme():
+    """README's table has the means over the seeds, beside what is published."""
+    lines = {(dataset, line.model): line for dataset in BOTH for line in lines_of(*CONTROLS)[dataset]}
+    rows = []
+    for model in ["vit", "vitbalanced", "vitboth", "vitdiff", "vitdiffpaper", "vitdiffv2"]:
+        rows.append([model, f"{lines['mnist', model].runs[0].summary['parameters']:,}"])
+        for line in (lines[dataset, model] for dataset in BOTH):
+            errors = [statistics.fmean(map(error_under(part), line.runs)) for part in stats.GAUSSIAN_PARTS]
+            rows[-1] += [f"{mean_of(line, 'test_loss'):.4f}, {mean_of(line, 'test_accuracy'):.2%}",
+                         "{:.1f}%, {:.1f}%".format(*errors)]
+    assert_table("README.md", rows)
+    for name, model in zip(["ViT", "ViTBalanced", "ViTDiff"], ["vit", "vitbalanced", "vitdiff"]):
+        figures = [stats.PUBLISHED[dataset, model] for dataset in BOTH]
+        assert_says("README.md", "| published {} | {:,} | {} | | {} | |", name, figures[0].parameters,
+                    *(f"{each.test_loss:.3f}, {each.test_accuracy:.2%}" for each in figures))
+
+
+def test_primary_comparisons():
+    """The eight comparisons that were written down beforehand are those of the records."""
+    runs = [run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH]
+    pairs = [(model, "vit") for model in ("vitdiff", "vitdiffv2")]
+    _, found = stats.compare_models(plot.arrange(runs), pairs)
+    assert len(found) == 8 and {comparison.count for comparison in found.values()} == {19}
+    assert_table("runs/README.md", [[f"{name.split()[0]}, {part}", *cells] for part in ("shift", "fluctuation")
+                                    for name, *cells in on_both(by_dataset(found, part), p_holm)])
+    assert all(comparison.p_holm < 0.05 and comparison.mean < 0 for comparison in found.values())
 
 
 def test_differences_in_the_report():
     """The report's tables of differences are those of the records."""
-    equal = [("vitdiff", "vitmatched"), ("vitdiff", "vitheads"), ("vitdiffpaper", "vit"), ("vitheads", "vit")]
-    for rows in [on_both(["reference"], accuracy, True, p_holm), on_both(CONTROLS, accuracy, True, detectable, equal),
-                 on_both(CONTROLS, noise_error, False, p_holm, pairs_compared(*CONTROLS)),
-                 on_both(SUMS, noise_error, False, p_holm, pairs_compared(*SUMS))]:
+    tables = [on_both({dataset: stats.compare_lines(lines_of("reference")[dataset], accuracy, True)
+                       for dataset in BOTH}, p_holm)]
+    accuracies, errors = stats.compare_models(lines_of(*CONTROLS), pairs_compared(*CONTROLS))
+    equal = [f"vitdiff - {control}" for control in ("vitmatched", "vitheads", "vitboth")] + [
+        "vitdiffpaper - vit", "vitheads - vit", "vitboth - vit"]
+    tables.append([row for name in equal for row in on_both(by_dataset(accuracies), detectable) if row[0] == name])
+    tables += [on_both(by_dataset(errors, part), p_holm) for part in ("shift", "fluctuation")]
+    for rows in tables:
         assert_table("runs/README.md", rows)
+    assert_says("runs/README.md", "both parts and data sets of the {} comparisons", len(pairs_compared(*CONTROLS)))
     unseen = [run for (_, _, seed), run in runs_of("reference").items() if seed > 4]
     for dataset in BOTH:
         seen, unseen_ = (stats.compare_lines(lines[dataset], accuracy, True)
@@ -175,16 +205,25 @@ def test_differences_in_the_report():
         assert all(seen[name].mean * unseen_[name].mean > 0 for name in seen)
 
 
-def test_parts_of_the_noise():
-    """The report's table of shift and fluctuation has the figures of seed 0, and the README the first of them."""
-    runs, rows = runs_of("trials/parts"), {}
-    for dataset, part in itertools.product(BOTH, ("gaussian_noise_shift", "gaussian_noise_fluctuation")):
-        for model in ["vit", "vitbalanced", "vitheads", "vitmatched", "vitcentered", "vitdiff", "vitdiffpaper",
-                      "vitdiffv2", "vitdiffabs", "vitsumscaled"]:
-            rows.setdefault(model, [model]).append(f"{stats.noise_error(runs[dataset, model, 0], [part], 5):.1%}")
+def test_errors_in_the_report():
+    """The report's tables of errors and of the response of the branches have the figures of the records."""
+    rows, response = {}, []
+    corruptions = [*stats.GAUSSIAN_PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"]
+    for dataset in BOTH:
+        lines = {line.model: line for line in lines_of(*CONTROLS)[dataset]}
+        for model in ["vit", "vitbalanced", "vitheads", "vitmatched", "vitboth", "vitcentered", "vitsumscaled", "vitdiff",
+                      "vitdiffpaper", "vitdiffv2"]:
+            rows.setdefault(model, [model]).extend(
+                f"{statistics.fmean(map(error_under(name), lines[model].runs)):.1f}%" for name in corruptions)
+        for part, model in itertools.product(stats.GAUSSIAN_PARTS, ("vit", "vitdiff", "vitdiffpaper", "vitdiffv2")):
+            figures = [statistics.fmean(stats.response_of(run, f"{part}_3", 1, name) for run in lines[model].runs)
+                       for name in ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "noise_cosine",
+                                    "signal_cosine")]
+            response.append([f"{BOTH[dataset]}, {part.split('_')[-1]}, {model}",
+                             *("" if math.isnan(figure) else f"{figure:.2f}" for figure in figures)])
     assert_table("runs/README.md", rows.values())
-    assert_says("README.md", "`vit` and `vitdiff` err in {} and {} of the images; under the rest of the noise alone "
-                "they err in {} and {}.", *(rows[model][part] for part in (1, 2) for model in ("vit", "vitdiff")))
+    for name, *cells in response:
+        assert_says("runs/README.md", "| {}, `{}` | {} | {} | {} | {} | {} |", *name.rsplit(", ", 1), *cells)
 
 
 def test_attention_and_canvases_in_the_report():
@@ -208,19 +247,34 @@ def test_numbers_in_the_prose():
     """The few numbers outside tables of README and report are those of the records."""
     found = stats.compare_lines(lines_of("reference")["fashionmnist"], accuracy, True)
     assert_says("README.md", "On Fashion-MNIST `vitdiff` is ahead by {:.2f} points", found["vitdiff"].mean)
-    runs = [run for (dataset, _, _), run in runs_of("reference").items() if dataset in BOTH]
-    assert_says("runs/reference/README.md", "{:.1f} hours of one core for MNIST and Fashion-MNIST", sum(
-        run.summary["seconds"] + run.summary["analysis_seconds"] for run in runs) / 3600)
+    differences = [found.mean for found in stats.compare_models(
+        lines_of("reference"), [("vitdiff", "vit")])[1].values()]
+    assert_says("README.md", "by {:.2f} to {:.1f} points", -max(differences), -min(differences))
     assert_says("runs/README.md", "before correction: {:.4f} for ten", stats.sign_flip_p([1.0] * 10))
-    assert_says("runs/README.md", "A step of `vitdiff` takes {} ms, compiled {}", *re.findall(
-        r"\| vitdiff, mnist \| 1 \| (?:no|yes) \| ([\d.]+)", (RUNS / "reference/benchmark.md").read_text()))
+    assert_says("runs/README.md", "A step of `vitdiff` takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there.", *(
+        milliseconds for name in ("benchmark", "benchmark-h100") for milliseconds in re.findall(
+            r"\| vitdiff, mnist \| 1 \| (?:no|yes) \| ([\d.]+)", (RUNS / f"reference/{name}.md").read_text())))
     (three,), (thirty,) = (runs_of(f"trials/{name}-epochs").values() for name in ("three", "thirty"))
     assert accuracy(three) > 95.75
     assert_says("runs/trials/README.md", "of `vit` on cluttered MNIST err in {:.2f}%", 100 - accuracy(thirty))
-    subtracted = [run.metrics[f"lambda_{block}"][-1] for (_, model, _), run in runs_of("controls/sums").items()
-                  if model == "vitdiffsum" for block in (0, 1)]  # what is recorded is the weight that is subtracted
-    assert_says("runs/controls/README.md", "lambda ended negative in {} of {} blocks",
-                sum(value > 0 for value in subtracted), len(subtracted))
+    with open(RUNS / "trials/checks/outcomes.csv", newline="") as file:
+        errors = [float(row["error"]) for row in csv.DictReader(file)]
+    assert_says("runs/README.md", "by a further error of {:.2f} to {:.2f} points", min(errors), max(errors))
+
+
+def test_algebra():
+    """What the report says of 1 - lambda, and of noise to signal and errors over models, is so."""
+    with open(RUNS / "trials/checks/algebra.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["block"] == "0" and row["model"] != "vitsum"]
+    ratios = sorted(float(row["shift"]) / float(row["one_minus_lambda"]) for row in rows)
+    assert_says("runs/README.md", "the shift is left at {:.1f} to {:.1f} times 1 - lambda", ratios[0], ratios[-1])
+    found = []
+    for lines in (lines_of(*CONTROLS)[dataset] for dataset in BOTH):
+        figures = [[statistics.fmean(figure(run) for run in line.runs) for line in lines] for figure in (
+            lambda run: math.log(stats.response_of(run, "gaussian_noise_shift_3", 1, "noise_to_signal")),
+            lambda run: run.noise["gaussian_noise_shift"][2])]
+        found.append(-statistics.correlation(*figures))
+    assert_says("runs/README.md", "by {:.2f} and {:.2f} on MNIST and Fashion-MNIST", *found)
 
 
 def leads_of(dataset, place, figure_of):
@@ -232,12 +286,9 @@ def leads_of(dataset, place, figure_of):
 
 def test_recipes_that_lost():
     """How `vitdiff` compares with `vit` by the recipe that lost is as the README of the trials says."""
-    found = [leads_of(dataset, "trials/recipes", figure_of)
-             for dataset in BOTH for figure_of in (accuracy, noise_error)]
-    names = [f"{name}, {what}" for name in BOTH.values()
-             for what in ("accuracy", "error under Gaussian and impulse noise")]
-    for name, (here, there, change) in zip(names, map(dict.values, found)):
-        assert_says("runs/trials/README.md", "| {} | {} | {:.2g} | {} | {} |", name, interval(here), here.p,
+    for dataset, name in BOTH.items():
+        here, there, change = leads_of(dataset, "trials/recipes", accuracy).values()
+        assert_says("runs/trials/README.md", "| {}, accuracy | {} | {:.2g} | {} | {} |", name, interval(here), here.p,
                     interval(there), interval(change))
 
 
@@ -272,14 +323,17 @@ def test_faults(fault):
     assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(lead["here"]), lead["here"].p)
 
 
-@pytest.mark.parametrize("places", [("reference",), CONTROLS, SUMS, ("faults/attention", "reference")])
+@pytest.mark.parametrize("places", [("reference",), CONTROLS, ("faults/attention", "reference")])
 def test_committed_tables(places):
     """Every table that a README links to is what its command writes today."""
-    compared = pairs_compared(*places) if len(places) > 1 else []
-    for dataset, lines in lines_of(*places).items():
-        for name, written in stats.make_tables(dataset, lines, compared).items():
-            path = RUNS / places[0] / f"{dataset}-{name}.md"
-            assert not path.exists() or path.read_text() == written, path
+    lines_of_all = lines_of(*places)
+    tables = {f"{dataset}-{name}.md": text for dataset, lines in lines_of_all.items()
+              for name, text in stats.make_tables(dataset, lines).items()}
+    if len(places) > 1:
+        tables["comparisons.md"] = stats.comparison_tables(lines_of_all, pairs_compared(*places))
+    for name, written in tables.items():
+        path = RUNS / places[0] / name
+        assert not path.exists() or path.read_text() == written, path
 
 
 def test_links():
@@ -297,4 +351,4 @@ def test_links():
                 linked.add(path)
     assert {HERE / name for name in tracked if re.search(r"mnist-[a-z-]+\.(png|md)$", name)} <= linked
     assert len(tracked) < 450 and {Path(name).parts[1] for name in tracked if name.startswith("runs/")} <= {
-        "README.md", "reference", "controls", "faults", "trials"}
+        "README.md", "reference", "controls", "brightness", "faults", "trials"}

@@ -42,7 +42,7 @@ from stats import BASELINE, in_print
 COLORS = dict(
     vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
     vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
-    vitdiffnonorm="#882255", vitsum="#117733", vitdiffabs="#5B3A1E", vitdiffsum="#999933")
+    vitdiffnonorm="#882255", vitboth="#7B68EE", vitsum="#117733", vitdiffabs="#5B3A1E")
 SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
@@ -304,7 +304,7 @@ def draw_lambda(dataset, lines):
     lines = labelled(lines, lambda_blocks)
     blocks = {block for line in lines for run in line.runs for block in lambda_blocks(run)}
     return draw_curves(
-        f"Lambda, the weight of the second attention map, on {in_print(dataset)}",
+        f"Lambda, the weight of the second branch, on {in_print(dataset)}",
         ["mean over heads and tokens of the validation split"], "lambda", "{:.2f}".format, lines,
         {f"lambda_{block}": f"block {block}" for block in sorted(blocks)}) if blocks else None
 
@@ -332,18 +332,17 @@ def draw_parameters(dataset, lines):
 
 # Charts of the error under noise.
 
-FAMILIES = ["Self-attention", "Differential attention", "Adding in place of subtracting"]
+FAMILIES = ["Self-attention", "Subtracting", "Adding in place of subtracting"]
 
 
 def family_of(line):
-    """The family of a line's model, by what its runs recorded and whatever its name: self-attention has no lambda;
-    differential attention has one, and negative weights in its attention maps, for which what is subtracted need not be
-    a softmax map; a model with a lambda whose every weight is positive adds in place of subtracting."""
-    if not any(map(lambda_blocks, line.runs)):
-        return FAMILIES[0]
-    negative = [figures["negative_share"] for run in line.runs if run.attention
-                for blocks in run.attention.values() for figures in blocks.values()]
-    return FAMILIES[2 if negative and not any(negative) else 1]
+    """The family of a line's model, by what its runs recorded and whatever its name: a model subtracts, be it a second
+    map or a share of the mean, if its attention maps have negative weights; of others, self-attention has no lambda.
+    """
+    if any(figures["negative_share"] for run in line.runs if run.attention
+           for blocks in run.attention.values() for figures in blocks.values()):
+        return FAMILIES[1]
+    return FAMILIES[2 if any(map(lambda_blocks, line.runs)) else 0]
 
 
 def new_rows(title, notes, lines, order, headings, columns, width, **options):
@@ -451,8 +450,8 @@ def draw_severities(title, choose, dataset, lines):
 
 
 BRANCHES = {  # of a figure of response.csv its name, its mark, and how far below the middle of a row it stands
-    "noise_to_signal_1": ("branch 1", dict(marker="o", markerfacecolor="white"), -0.2),
-    "noise_to_signal_2": ("branch 2", dict(marker="s", markerfacecolor="white"), 0.2),
+    "noise_to_signal_1": ("branch 1", dict(marker="o", markerfacecolor="white"), -0.27),
+    "noise_to_signal_2": ("branch 2", dict(marker="s", markerfacecolor="white"), 0.27),
     "noise_to_signal": ("output of the head", dict(marker="D"), 0)}
 
 
@@ -527,8 +526,8 @@ def draw_attention(title, lines, figures):
     texts = [stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(
         title, [f"mean of the heads over the test split; {what_is_shown(lines)}"], len(figures), len(blocks),
-        (max(3.4, 1.1 * len(conditions)), 2.2), gap=(0.2, 0.2), legend=[*texts_of(lines), UNIFORM], sharex=True,
-        sharey="row")
+        (max(3.4, len(conditions) * max(1.1, 0.1 * len(lines))), 2.2), gap=(0.2, 0.2),
+        legend=[*texts_of(lines), UNIFORM], sharex=True, sharey="row")
     for row, (name, (ylabel, is_share)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
             for place, line in enumerate(lines):

@@ -405,11 +405,13 @@ def test_tables_of_the_parts(tmp_path, seeds, bold):
 
 
 def test_charts_of_the_parts(tmp_path):
-    """Errors stand in rows from 0, below the family that the records show, the largest of a family first; the response
-    of each branch above and below that of both, which self-attention has alone; both with intervals."""
+    """Errors stand in rows from 0, below the family that the records show, the largest of a family first: a model whose
+    maps have negative weights subtracts. The response of each branch stands above and below that of both, which
+    self-attention has alone; both with intervals."""
     for model, errors, branches, lambdas in [
             ("vit", [20, 10, 5, 6], (0.4, "", 0.4), ()), ("vitcosine", [30, 9, 5, 6], (0.3, "", 0.3), ()),
-            ("vitdiff", [12, 4, 5, 9], (0.6, 0.5, 0.1), (0.5,)), ("vitsum", [19, 9, 5, 9], (0.6, 0.5, 0.7), (-0.5,))]:
+            ("vitdiff", [12, 4, 5, 9], (0.6, 0.5, 0.1), (0.5,)), ("vitsum", [19, 9, 5, 9], (0.6, 0.5, 0.7), (0.5,)),
+            ("vitcentered", [13, 4, 5, 9], (0.6, 0.5, 0.1), (0.5,))]:
         record_parts(tmp_path, model, errors, branches, 2, lambdas=lambdas)
     figures = charts(tmp_path)
     def found(axes, model):
@@ -419,7 +421,7 @@ def test_charts_of_the_parts(tmp_path):
         return {round(below, 1): interval(marks) for below, marks in heights if abs(below) < 0.5}
 
     rows = [label.get_text() for label in figures["shift"].axes[0].get_yticklabels()]
-    assert rows == ["Self-attention", "vitcosine", "vit", "Differential attention", "vitdiff",
+    assert rows == ["Self-attention", "vitcosine", "vit", "Subtracting", "vitcentered", "vitdiff",
                     "Adding in place of subtracting", "vitsum"] and figures["shift"].axes[0].get_xlim()[0] == 0
     for axes, mean in zip(figures["shift"].axes, (0.15, 0.07, 0.08), strict=True):
         assert found(axes, "vitdiff") == {0: pytest.approx([mean, mean - 0.127062, mean + 0.127062], abs=1e-5)}
@@ -427,8 +429,8 @@ def test_charts_of_the_parts(tmp_path):
     assert len(found(figures["response"].axes[1], "vit")) == 1
     assert found(figures["response"].axes[1], "vitdiff") == {  # block 1, mean of two heads and two seeds
         below: pytest.approx([mean, mean - 0.063531, mean + 0.063531], abs=1e-5)
-        for below, mean in [(-0.2, 1.655), (0.2, 1.555), (0, 1.155)]}
-    row = rows_of(tables(tmp_path)["response-table"].split("## ")[2])[5]
+        for below, mean in [(-0.3, 1.655), (0.3, 1.555), (0, 1.155)]}
+    row = rows_of(tables(tmp_path)["response-table"].split("## ")[2])[7]
     assert row == ["vitdiff", "gaussian noise shift, severity 3", *(
         f"{mean} ± 0.064" for mean in ("1.655", "1.555", "1.155")), *[""] * 5]
 

@@ -8,8 +8,7 @@ seed alone are one line, their mean. Needs neither torch nor data. Prints a shor
 DATASET-table.md, -paired-table.md, -noise-table.md, -shift-table.md, -response-table.md, -attention-table.md and the
 charts DATASET-shift.png, -shift-by-severity.png, -response.png, -noise.png, -val-loss.png, -val-accuracy.png,
 -parameters.png, -lambda.png, -relevance.png, -maps.png and -blocks.png into the first folder; with --compare
-DATASET-comparisons.md, too. Of records without amounts of corruption it writes -pixel-noise.png, -partial-noise.png and
--partial-noise-table.md in place of those of shift and response.
+comparisons.md of all data sets, too.
 """
 
 import argparse
@@ -43,7 +42,7 @@ from stats import BASELINE, in_print
 COLORS = dict(
     vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
     vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
-    vitdiffnonorm="#882255", vitsum="#117733", vitdiffabs="#5B3A1E", vitdiffsum="#999933")
+    vitdiffnonorm="#882255", vitboth="#7B68EE", vitsum="#117733", vitdiffabs="#5B3A1E")
 SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
@@ -305,7 +304,7 @@ def draw_lambda(dataset, lines):
     lines = labelled(lines, lambda_blocks)
     blocks = {block for line in lines for run in line.runs for block in lambda_blocks(run)}
     return draw_curves(
-        f"Lambda, the weight of the second attention map, on {in_print(dataset)}",
+        f"Lambda, the weight of the second branch, on {in_print(dataset)}",
         ["mean over heads and tokens of the validation split"], "lambda", "{:.2f}".format, lines,
         {f"lambda_{block}": f"block {block}" for block in sorted(blocks)}) if blocks else None
 
@@ -333,18 +332,17 @@ def draw_parameters(dataset, lines):
 
 # Charts of the error under noise.
 
-FAMILIES = ["Self-attention", "Differential attention", "Adding in place of subtracting"]
+FAMILIES = ["Self-attention", "Subtracting", "Adding in place of subtracting"]
 
 
 def family_of(line):
-    """The family of a line's model, by what its runs recorded and whatever its name: self-attention has no lambda;
-    differential attention has one, and negative weights in its attention maps, for which what is subtracted need not be
-    a softmax map; a model with a lambda whose every weight is positive adds in place of subtracting."""
-    if not any(map(lambda_blocks, line.runs)):
-        return FAMILIES[0]
-    negative = [figures["negative_share"] for run in line.runs if run.attention
-                for blocks in run.attention.values() for figures in blocks.values()]
-    return FAMILIES[2 if negative and not any(negative) else 1]
+    """The family of a line's model, by what its runs recorded and whatever its name: a model subtracts, be it a second
+    map or a share of the mean, if its attention maps have negative weights; of others, self-attention has no lambda.
+    """
+    if any(figures["negative_share"] for run in line.runs if run.attention
+           for blocks in run.attention.values() for figures in blocks.values()):
+        return FAMILIES[1]
+    return FAMILIES[2 if any(map(lambda_blocks, line.runs)) else 0]
 
 
 def new_rows(title, notes, lines, order, headings, columns, width, **options):
@@ -374,84 +372,49 @@ def dashed_note(lines):
     return f"; dashed: {BASELINE}" if any(line.model == BASELINE for line in lines) else ""
 
 
-def draw_rows(title, notes, xlabel, number, lines, panels):
-    """Means and their intervals from 0, by rows. panels: {heading: {label: sample}}, of which the first decides the
-    order. number: how a mean is written."""
-    first, width = next(iter(panels.values())), 5 if len(panels) == 1 else 2.4
-    figure, row, places = new_rows(title, notes, lines, lambda line: statistics.fmean(first[line.label]), panels,
-                                   len(panels), width)
-    for axes, samples in zip(row, panels.values()):
-        for place, line in places.items():
-            draw_row(axes, place, samples[line.label], line, number)
-        axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
-        axes.set_xlabel(xlabel)
-        axes.margins(x=0.6 / width)  # for the means in figures
-        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
-    return figure, row
-
-
-def draw_row(axes, place, sample, line, number):
-    mean, half = statistics.fmean(sample), stats.half_interval(sample) or 0
-    draw_intervals(axes, [place], [sample], line, across=True)
-    axes.plot([0, mean], [place, place], color="0.8", linewidth=0.8, zorder=1)
-    axes.annotate(number(mean), (mean + math.copysign(half, mean), place), fontsize="small", va="center",
-                  xytext=(math.copysign(6, mean), 0), textcoords="offset points",
-                  ha="left" if mean >= 0 else "right", color="0.1" if line.front else "0.5",
-                  bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
-
-
-def draw_errors(title, notes, panels, dataset, lines):
-    """Mean test errors by rows, a panel for each of {heading: corruptions}, in each dashed that of `vit`."""
-    lines = labelled(lines, lambda run: run.noise)
-    names, severities = stats.shared_corruptions(lines)
-    if not set(itertools.chain(*panels.values())) <= set(names):
-        return None
-    panels = {heading: {line.label: [stats.noise_error(run, part, severities) for run in line.runs] for line in lines}
-              for heading, part in panels.items()}
-    figure, row = draw_rows(
-        f"Test error under {title} on {in_print(dataset)}", [
-            *notes, f"mean over severities 1 to {severities}, none met in training" + dashed_note(lines)],
-        "test error", "{:.1%}".format, lines, panels)
-    for axes, samples in zip(row, panels.values()):
-        mark_baseline(axes, lines, lambda line: samples[line.label])
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(PERCENT)
-    return figure
-
-
 def mark_baseline(axes, lines, sample_of):
     for line in lines:
         if line.model == BASELINE:
             axes.axvline(statistics.fmean(sample_of(line)), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
 
 
-def draw_pixel_noise(dataset, lines):
-    """The mean error under Gaussian and impulse noise, of records that do not have these in parts."""
-    return None if stats.have_amounts(lines) else draw_errors(
-        "Gaussian and impulse noise", [], {"": stats.PIXEL_NOISES}, dataset, lines)
-
-
 def draw_shift(dataset, lines):
-    """The mean error under Gaussian noise, under its shift alone and under its fluctuation alone."""
-    shift, fluctuation = stats.GAUSSIAN_PARTS
-    return draw_errors("Gaussian noise", [
-        "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest"], {
-            "noise as tested": ["gaussian_noise"], "its shift alone": [shift], "its fluctuation alone": [fluctuation]},
-        dataset, lines)
+    """The mean error under Gaussian noise, under its shift alone and under its fluctuation alone, by rows."""
+    lines = labelled(lines, lambda run: run.noise)
+    names, severities = stats.shared_corruptions(lines)
+    panels = dict(zip(["noise as tested", "its shift alone", "its fluctuation alone"],
+                      ["gaussian_noise", *stats.GAUSSIAN_PARTS]))
+    if not set(panels.values()) <= set(names):
+        return None
+
+    def errors(line, name):
+        return [stats.noise_error(run, [name], severities) for run in line.runs]
+
+    figure, row, places = new_rows(
+        f"Test error under Gaussian noise on {in_print(dataset)}", [
+            "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest",
+            f"mean over severities 1 to {severities}, none met in training{dashed_note(lines)}"],
+        lines, lambda line: statistics.fmean(errors(line, "gaussian_noise")), panels, len(panels), 2.4)
+    for axes, name in zip(row, panels.values()):
+        for place, line in places.items():
+            draw_error(axes, place, errors(line, name), line)
+        mark_baseline(axes, lines, lambda line: errors(line, name))
+        axes.set_xlabel("test error")
+        axes.margins(x=0.25)  # for the means in figures
+        axes.locator_params(axis="x", nbins=7, steps=[1, 2, 5, 10])
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(PERCENT)
+    return figure
 
 
-def draw_partial_noise(dataset, lines):
-    """The difference from `vit` in the error under Gaussian noise on a part of the image, and on the whole of it."""
-    lines = labelled(lines, stats.met_partial_noise)
-    _, severities = stats.shared_corruptions(lines)
-    parts = {f"noise on {part} patches": name for part, name in records.PARTIAL_NOISE.items()}
-    panels = {heading: stats.paired_differences(lines, lambda run: 100 * stats.noise_error(run, [name], severities))
-              for heading, name in ({"noise on the whole image": "gaussian_noise"} | parts).items()}
-    lines = [line for line in lines if line.label in panels["noise on the whole image"]]
-    return draw_rows(
-        f"Gaussian noise on a part of the image, {in_print(dataset)}: test error minus that of {BASELINE}", [
-            f"mean over severities 1 to {severities}, paired by seed; relevant patches hold some of the object"],
-        "difference, points", "{:+.1f}".format, lines, panels)[0] if lines else None
+def draw_error(axes, place, sample, line):
+    """A mean and its interval, on a thin line from 0, and the mean in figures."""
+    mean, half = statistics.fmean(sample), stats.half_interval(sample) or 0
+    draw_intervals(axes, [place], [sample], line, across=True)
+    axes.plot([0, mean], [place, place], color="0.8", linewidth=0.8, zorder=1)
+    axes.annotate(f"{mean:.1%}", (mean + half, place), fontsize="small", va="center", xytext=(6, 0),
+                  textcoords="offset points", color="0.1" if line.front else "0.5",
+                  bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
 
 
 def draw_severities(title, choose, dataset, lines):
@@ -487,8 +450,8 @@ def draw_severities(title, choose, dataset, lines):
 
 
 BRANCHES = {  # of a figure of response.csv its name, its mark, and how far below the middle of a row it stands
-    "noise_to_signal_1": ("branch 1", dict(marker="o", markerfacecolor="white"), -0.2),
-    "noise_to_signal_2": ("branch 2", dict(marker="s", markerfacecolor="white"), 0.2),
+    "noise_to_signal_1": ("branch 1", dict(marker="o", markerfacecolor="white"), -0.27),
+    "noise_to_signal_2": ("branch 2", dict(marker="s", markerfacecolor="white"), 0.27),
     "noise_to_signal": ("output of the head", dict(marker="D"), 0)}
 
 
@@ -563,8 +526,8 @@ def draw_attention(title, lines, figures):
     texts = [stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(
         title, [f"mean of the heads over the test split; {what_is_shown(lines)}"], len(figures), len(blocks),
-        (max(3.4, 1.1 * len(conditions)), 2.2), gap=(0.2, 0.2), legend=[*texts_of(lines), UNIFORM], sharex=True,
-        sharey="row")
+        (max(3.4, len(conditions) * max(1.1, 0.1 * len(lines))), 2.2), gap=(0.2, 0.2),
+        legend=[*texts_of(lines), UNIFORM], sharex=True, sharey="row")
     for row, (name, (ylabel, is_share)) in zip(panels, figures.items()):
         for axes, block in zip(row, blocks):
             for place, line in enumerate(lines):
@@ -648,13 +611,12 @@ def show_map(axes, weights, image, x, y, limit):
 
 
 # Each makes a figure of (data set, lines), or returns None where there is nothing to show.
-CHARTS = {"pixel-noise": draw_pixel_noise, "val-loss": functools.partial(draw_validation, "loss", "{:.3f}".format),
+CHARTS = {"val-loss": functools.partial(draw_validation, "loss", "{:.3f}".format),
           "val-accuracy": functools.partial(draw_validation, "accuracy", "{:.2%}".format),
           "parameters": draw_parameters, "lambda": draw_lambda, "shift": draw_shift,
           "noise": functools.partial(draw_severities, "corruption", stats.plain_corruptions),
           "shift-by-severity": functools.partial(draw_severities, "noise and its parts", stats.noise_parts),
-          "response": draw_response, "partial-noise": draw_partial_noise, "relevance": draw_relevance,
-          "blocks": draw_blocks, "maps": draw_maps}
+          "response": draw_response, "relevance": draw_relevance, "blocks": draw_blocks, "maps": draw_maps}
 
 
 # The command.
@@ -717,7 +679,10 @@ def plot(args):
         records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
     records.make_folder(out, "name another folder with --out")
     tables = {out / f"{dataset}-{name}.md": table for dataset, lines in datasets.items()
-              for name, table in stats.make_tables(dataset, lines, args.compare).items()}
+              for name, table in stats.make_tables(dataset, lines).items()}
+    comparisons = stats.comparison_tables(datasets, args.compare)
+    if comparisons:
+        tables[out / "comparisons.md"] = comparisons
     for path, table in tables.items():
         records.write_whole(path, table)
     charts = write_charts(out, args.format, datasets)
@@ -734,7 +699,8 @@ def parse_flags(argv):
     parser.add_argument("--no-reference", dest="reference", action="store_false",
                         help="do not draw the folders' reference runs")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("MODEL", "OTHER"),
-                        help="compare two models seed by seed; given several times, p is corrected for all of them")
+                        help="compare two models seed by seed; given several times, p is corrected for all of them, "
+                        "on all data sets")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw the runs of these seeds alone")
     return parser.parse_args(argv)
 

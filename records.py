@@ -54,8 +54,6 @@ SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTI
 YOUNGER = dict(brightness=0.0)  # settings that early records do not have
 SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well
-# Corruptions in noise.csv, besides those of whole images: {part of the image: name}.
-PARTIAL_NOISE = {part: f"gaussian_noise_on_{part}_patches" for part in ("relevant", "irrelevant")}
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
                      "signal_to_noise"]
 RESPONSE_FIGURES = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "common_share_1", "common_share_2",
@@ -452,12 +450,11 @@ def noise_of(rows):
 
 
 def amounts_of(rows):
-    """The amounts of noise.csv as {corruption: amounts at severities 1, 2, ...}; nothing where it does not say them."""
+    """The amounts of noise.csv as {corruption: amounts at severities 1, 2, ...}; nothing without that column."""
     amounts = {}
-    for row in rows:
-        if "amount" in row:
-            amounts.setdefault(row["corruption"], []).append(row["amount"])
-    check_finite([amount for values in amounts.values() for amount in values], "an amount")
+    for row in rows if any("amount" in row for row in rows) else []:
+        check_finite([row["amount"]], "an amount")
+        amounts.setdefault(row["corruption"], []).append(row["amount"])
     return amounts
 
 
@@ -529,7 +526,7 @@ def read_run(folder):
     """The finished run in a folder, a Run.
 
     Raises:
-        UserError: if it is not finished, or a file of it is missing or damaged.
+        UserError: if it is not finished, or a file of it is missing, damaged or without amounts of corruption.
     """
     folder = Path(folder)
     settings, facts = read_config(folder)
@@ -543,7 +540,7 @@ def read_run(folder):
             if name == "metrics.csv" or (folder / name).exists():
                 rows[name] = parse_csv(read_text(folder / name))
     maps = read_maps(folder) if (folder / "attention.npz").exists() else None
-    return make_run(folder, settings, facts, summary, rows, folder, maps)
+    return check_amounts(make_run(folder, settings, facts, summary, rows, folder, maps))
 
 
 def make_run(folder, settings, facts, summary, rows, place, maps=None):
@@ -557,6 +554,15 @@ def make_run(folder, settings, facts, summary, rows, place, maps=None):
     with reading(place / "metrics.csv"):
         check(parsed[0] and len(parsed[0]["epoch"]) == settings["epochs"], f"{folder.name} has not one row an epoch")
     return Run(folder, settings, facts, parsed[0], summary, *parsed[1:], amounts, maps)
+
+
+def check_amounts(run):
+    """The run, or a UserError if it does not say by which amounts its images were corrupted: errors under others are
+    not to be compared with it."""
+    if run.noise and not run.amounts:
+        raise UserError(f"{run.folder / 'noise.csv'} has no column amount: run python analysis.py "
+                        f"{shlex.quote(str(run.folder))}, which analyses the run again")
+    return run
 
 
 def subfolders(folder):
@@ -591,8 +597,13 @@ def find_runs(*folders):
 
 
 def look_into(folder):
-    children, runs, skipped = subfolders(folder), read_tables(folder), []
-    names = {run.folder.name for run in runs}
+    children, tabled, runs, skipped = subfolders(folder), read_tables(folder), [], []
+    names = {run.folder.name for run in tabled}
+    for run in tabled:
+        try:
+            runs.append(check_amounts(run))
+        except UserError as error:
+            skipped.append(str(error))
     for child in children:
         if child.name in names and is_run(child):
             raise UserError(f"{child} and {folder / 'runs.csv'} hold the same run: run python records.py gather "

@@ -18,8 +18,7 @@ import records
 BASELINE = "vit"  # what every other model is compared with
 IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10",
             "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
-PIXEL_NOISES = ["gaussian_noise", "impulse_noise"]  # compared apart from the others in records without amounts
-GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]  # in records with amounts
+GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]
 NOT_CLIPPED = ["gaussian_noise_unclipped", "image_offset", "patch_offset"]
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
@@ -48,12 +47,12 @@ def t_coverage(t, freedom):
 
 
 @functools.cache
-def t_quantile(freedom, coverage=0.95):
-    """The t for which |T| < t with probability `coverage`, by bisection of its angle."""
+def t_quantile(freedom):
+    """The t for which |T| < t with probability 95%, by bisection of its angle."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        too_high = t_coverage(math.sqrt(freedom) * math.tan(middle), freedom) > coverage
+        too_high = t_coverage(math.sqrt(freedom) * math.tan(middle), freedom) > 0.95
         low, high = (low, middle) if too_high else (middle, high)
     return math.sqrt(freedom) * math.tan(low)
 
@@ -63,13 +62,6 @@ def half_interval(values):
     if len(values) < 2 or any(math.isnan(value) for value in values):
         return None
     return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def detectable_difference(differences):
-    """The smallest mean difference that as many pairs, as far apart as these, show in 80% of experiments: a 95%
-    interval by Student's t leaves out 0. The non-central t distribution is taken for a shifted central one."""
-    half, freedom = half_interval(differences), len(differences) - 1
-    return half * (1 + t_quantile(freedom, 0.6) / t_quantile(freedom))  # 20% of T are below -t_quantile(freedom, 0.6)
 
 
 def signed_sums(values, random):
@@ -140,21 +132,20 @@ def detectable_effect(seeds, rows):
     return high
 
 
-def compare(rows, more_is_better, simulate=False):
-    """{name: Comparison} of {name: differences, two or more}. simulate: the detectable difference is that of the
-    decision by the corrected p in place of the interval's."""
-    def detectable(differences):
-        if not simulate:
-            return detectable_difference(differences)
-        effect = detectable_effect(len(differences), len(rows))
-        return effect * statistics.stdev(differences) if effect < math.inf else effect
+def detectable_mean(differences, rows):
+    """The detectable effect of as many differences among so many rows, in their own unit."""
+    effect = detectable_effect(len(differences), rows)
+    return effect * statistics.stdev(differences) if effect < math.inf else effect
 
+
+def compare(rows, more_is_better):
+    """{name: Comparison} of {name: differences, two or more}."""
     p_values = {name: sign_flip_p(differences) for name, differences in rows.items()}
     corrected = dict(zip(rows, holm(list(p_values.values()))))
     return {name: Comparison(
         statistics.fmean(differences), half_interval(differences),
         sum(difference > 0 if more_is_better else difference < 0 for difference in differences), len(differences),
-        p_values[name], student_p(differences), corrected[name], detectable(differences))
+        p_values[name], student_p(differences), corrected[name], detectable_mean(differences, len(rows)))
         for name, differences in rows.items()}
 
 
@@ -200,9 +191,9 @@ def paired_differences(lines, figure_of, compared=()):
     return rows
 
 
-def compare_lines(lines, figure_of, more_is_better, compared=()):
-    """{label: Comparison} of the differences that paired_differences finds."""
-    return compare(paired_differences(lines, figure_of, compared), more_is_better, simulate=have_amounts(lines))
+def compare_lines(lines, figure_of, more_is_better):
+    """{label: Comparison} with `vit` of the differences that paired_differences finds."""
+    return compare(paired_differences(lines, figure_of), more_is_better)
 
 
 # Figures of runs: what was published, and what the analyses found.
@@ -213,28 +204,24 @@ def keep_runs(lines, condition):
     return [line for line in kept if line.runs]
 
 
-def have_amounts(lines):
-    """Whether these are records that say by which amounts images were corrupted: tables of earlier ones stay as they
-    were."""
-    return any(run.amounts for line in lines for run in line.runs)
-
-
 def keep_one_protocol(lines):
     """The lines without what their runs did under corruption by other amounts than the first run's: such figures never
-    stand beside each other. The amounts of early records are not on record; they are other ones than any since."""
-    def is_alike(amounts, others):
-        return bool(amounts) == bool(others) and all(
-            amounts[name] == others[name] for name in amounts.keys() & others.keys())
+    stand beside each other."""
+    first = next((run for line in lines for run in line.runs if run.noise), None)
 
     def restrict(run):
-        if run.noise is None or is_alike(run.amounts, first.amounts):
+        if not run.noise or all(run.amounts[name] == first.amounts[name] for name in run.noise.keys() & first.noise):
             return run
         clean = {condition: blocks for condition, blocks in (run.attention or {}).items()
                  if condition == "clean" or condition.endswith("_distractors")}
         return run._replace(noise=None, response=None, attention=clean or None)
 
-    first = next((run for line in lines for run in line.runs if run.noise), None)
     return [line._replace(runs=list(map(restrict, line.runs))) for line in lines]
+
+
+def test_accuracy(run):
+    """In percent."""
+    return 100 * run.summary["test_accuracy"]
 
 
 def published_of(dataset, line):
@@ -256,10 +243,9 @@ def readable(name):
 
 
 def shared_corruptions(lines):
-    """The corruptions of whole images that every run has met, and the number of severities that every run has met."""
+    """The corruptions that every run has met, and the number of severities that every run has met."""
     found = [run.noise for line in lines for run in line.runs]
-    names = [name for name in (found[0] if found else [])
-             if name not in records.PARTIAL_NOISE.values() and all(name in noise for noise in found)]
+    names = [name for name in (found[0] if found else []) if all(name in noise for noise in found)]
     return names, min((len(accuracies) for noise in found for accuracies in noise.values()), default=0)
 
 
@@ -269,21 +255,15 @@ def plain_corruptions(names):
 
 
 def noise_parts(names):
-    """Each noise that was met in parts, too, with these, and what is not clipped; of records without amounts, none."""
+    """Each noise that was met in parts, too, with these, and what is not clipped."""
     noises = [name.removesuffix("_shift") for name in names if name.endswith("_shift")]
     parts = [noise + part for noise in noises for part in ("", "_shift", "_fluctuation")]
     return [name for name in parts + NOT_CLIPPED if name in names]
 
 
-def compared_noises(names):
-    """{what: corruptions}: the mean errors by which models are compared, where all runs have met these corruptions."""
-    if set(GAUSSIAN_PARTS) <= set(names):
-        return {readable(name): [name] for name in GAUSSIAN_PARTS}
-    return {"gaussian and impulse noise": PIXEL_NOISES} if set(PIXEL_NOISES) <= set(names) else {}
-
-
-def met_partial_noise(run):
-    return run.noise and {"gaussian_noise", *records.PARTIAL_NOISE.values()} <= set(run.noise)
+def gaussian_parts(names):
+    """The parts of Gaussian noise, by which models are compared, if all runs have met both."""
+    return GAUSSIAN_PARTS if set(GAUSSIAN_PARTS) <= set(names) else []
 
 
 def noise_error(run, names, severities):
@@ -331,11 +311,10 @@ def trained_irrelevant_share(run):
 
 # Tables, in Markdown: cells, captions, and each table of a data set.
 
-DETECTABLE_NOTE = ("Detectable: the smallest true difference whose 95% interval, not corrected, excludes 0 in 80% of "
-                   "experiments with this number and this spread of seeds.")
-DECISION_NOTE = ("Detectable: the smallest true difference for which p (Holm) is below 0.05 in 80% of experiments with "
-                 "this number and this spread of seeds, even if no other row shows one; inf where so few seeds show "
-                 "none. By simulation.")
+STUDENT_NOTE = "p (t): Student's t."
+DETECTABLE_NOTE = ("Detectable: the smallest true difference for which p (Holm) is below 0.05 in 80% of experiments "
+                   "with this number and this spread of seeds, even if no other row shows one; inf where so few seeds "
+                   "show none. By simulation.")
 RESPONSE_NOTE = (
     "Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum. "
     "Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption "
@@ -357,6 +336,10 @@ def difference_cell(mean, half, digits=2):
     return "{} ({} to {})".format(*(f"{mean + sign * half:+.{digits}f}" for sign in (0, -1, 1)))
 
 
+def comparison_headings(difference):
+    return [f"{difference} (95% interval)", "better in", "p", "p (t)", "p (Holm)", "detectable"]
+
+
 def comparison_cells(found, digits):
     """The difference with its interval, in how many seeds it is better, p, p by Student's t, p by Holm, what could be
     shown; empty cells where nothing was found."""
@@ -371,16 +354,14 @@ def difference_note(baseline):
             "(Student's t)")
 
 
-def comparison_note(comparisons, baseline, with_amounts):
+def comparison_note(comparisons, baseline):
     """What the columns of a comparison with a baseline say."""
     counts = sorted({found.count for found in comparisons.values()})
-    text = (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
-            "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
-            f"{len(comparisons)}.")
-    if len(counts) > 1 and not with_amounts:
-        return text
     least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
-    return f"{text} With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the correction."
+    return (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
+            "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
+            f"{len(comparisons)}. With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the "
+            "correction.")
 
 
 def make_table(heading, columns, rows, *notes):
@@ -401,13 +382,13 @@ def result_table(dataset, lines):
             bold = mean == best(means, key=lambda text: float(text.rstrip("%"))) and len(lines) > 1
             row.append(mean_cell(values, number).replace(mean, f"**{mean}**" if bold else mean, 1))
     notes = [INTERVAL_NOTE] if any(len(line.runs) > 1 for line in lines) else []
-    comparisons = compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
+    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
     if comparisons:
         columns += [f"accuracy minus `{BASELINE}`'s, points", "better in", "p (Holm)"]
         for row, line in zip(rows, lines):
             difference, better, _, _, p_holm, _ = comparison_cells(comparisons.get(line.label), 2)
             row += [difference, better, p_holm]
-        notes.append(comparison_note(comparisons, f"`{BASELINE}`", have_amounts(lines)))
+        notes.append(comparison_note(comparisons, f"`{BASELINE}`"))
     published = [published_of(dataset, line) for line in lines]
     if any(published):
         columns.append("published")
@@ -418,27 +399,23 @@ def result_table(dataset, lines):
     return make_table(dataset, columns, rows, *notes)
 
 
-def paired_table(heading, lines, measures, compared=()):
+def paired_table(heading, lines, measures):
     """How each line differs from `vit` of the same recipe and seed; "" where none can be compared.
 
-    measures: {heading: (figure of a run, number of digits, whether more is better)}. compared: pairs of models to be
-    compared in place of each with `vit`.
+    measures: {heading: (figure of a run, number of digits, whether more is better)}.
     """
-    columns, found, amounts = ["model"], [], have_amounts(lines)
+    columns, found = ["model"], []
     for name, (figure_of, digits, more_is_better) in measures.items():
-        columns += [f"{name} (95% interval)", "better in", "p", "p (t)", "p (Holm)", "detectable"]
-        found.append((compare_lines(lines, figure_of, more_is_better, compared), digits))
+        columns += comparison_headings(name)
+        found.append((compare_lines(lines, figure_of, more_is_better), digits))
     labels = dict.fromkeys(label for comparisons, _ in found for label in comparisons)
     if not labels:
         return ""
     rows = [[label, *(cell for comparisons, digits in found
                       for cell in comparison_cells(comparisons.get(label), digits))] for label in labels]
-    if not amounts:
-        columns, *rows = [[cell for i, cell in enumerate(row) if i % 6 != 4] for row in [columns, *rows]]
     most, _ = max(found, key=lambda pair: len(pair[0]))
-    return make_table(heading, columns, rows, comparison_note(
-        most, "the second model" if compared else f"`{BASELINE}`", amounts) + " p (t): Student's t." * amounts,
-        DECISION_NOTE if amounts else DETECTABLE_NOTE)
+    return make_table(heading, columns, rows, f"{comparison_note(most, f'`{BASELINE}`')} {STUDENT_NOTE}",
+                      DETECTABLE_NOTE)
 
 
 def noise_tables(dataset, lines):
@@ -449,9 +426,6 @@ def noise_tables(dataset, lines):
     def errors(run):  # of each corruption, then of all
         return [noise_error(run, part, severities) for part in [*([name] for name in names), names]]
 
-    noises = [name for name in names if name in PIXEL_NOISES and not have_amounts(lines)]
-    parts = {"gaussian and impulse noise": noises, "other corruptions": [name for name in names if name not in noises],
-             "mean of all": names} if noises else {"mean of all": names}
     rows = []
     for line in lines:
         *columns, means = zip(*map(errors, line.runs))
@@ -466,8 +440,8 @@ def noise_tables(dataset, lines):
         ["model", "seeds", *map(readable, names), "mean"], rows,
         f"{INTERVAL_NOTE} Ratios are to `{BASELINE}` of the same recipe and seeds."), paired_table(
             f"{dataset}: difference in the mean test error", lines,
-            {f"{what}, points": (lambda run, part=part: 100 * noise_error(run, part, severities), 2, False)
-             for what, part in parts.items() if part}), corruption_table(dataset, lines, names, severities)]
+            {"mean of all, points": (lambda run: 100 * noise_error(run, names, severities), 2, False)}),
+        corruption_table(dataset, lines, names, severities)]
     return "\n".join(filter(None, tables))
 
 
@@ -542,56 +516,6 @@ def response_tables(dataset, lines):
     return "\n".join([*tables, INTERVAL_NOTE, "", RESPONSE_NOTE, ""])
 
 
-def partial_noise_tables(dataset, lines):
-    """The mean test error under Gaussian noise on a part of the image, and the paired difference of each part."""
-    _, severities = shared_corruptions(lines)
-
-    def clean(run):
-        return 1 - run.summary["test_accuracy"]
-
-    def relevant(run):
-        return noise_error(run, [records.PARTIAL_NOISE["relevant"]], severities)
-
-    def irrelevant(run):
-        return noise_error(run, [records.PARTIAL_NOISE["irrelevant"]], severities)
-
-    def irrelevant_part(run):
-        on_relevant, on_irrelevant = relevant(run) - clean(run), irrelevant(run) - clean(run)
-        added = on_relevant + on_irrelevant
-        return on_irrelevant / added if added > 0 else math.nan
-
-    figures = {"clean": clean, "noise on relevant patches": relevant, "noise on irrelevant patches": irrelevant,
-               "noise on the whole image": lambda run: noise_error(run, ["gaussian_noise"], severities),
-               "irrelevant part": irrelevant_part}
-    rows = [[line.label, str(len(line.runs)), *(
-        mean_cell(list(map(figure_of, line.runs)), "{:.1%}".format) for figure_of in figures.values())]
-        for line in lines]
-    measures = {
-        "noise on relevant patches, points": (lambda run: 100 * relevant(run), 2, False),
-        "noise on irrelevant patches, points": (lambda run: 100 * irrelevant(run), 2, False),
-        "irrelevant minus relevant, points": (lambda run: 100 * (irrelevant(run) - relevant(run)), 2, False),
-        "irrelevant part, points": (lambda run: 100 * irrelevant_part(run), 1, False)}
-    return make_table(
-        f"{dataset}: mean test error over severities 1 to {severities} of Gaussian noise on a part of the image",
-        ["model", "seeds", *figures], rows, INTERVAL_NOTE,
-        "Irrelevant part: of the errors that noise on the relevant and noise on the irrelevant patches add to the "
-        "clean ones, the share of the latter. A model that withstands both better by the same factor has the same."
-    ) + "\n" + paired_table(
-            f"{dataset}: difference in the test error under Gaussian noise on a part of the image", lines, measures)
-
-
-def comparison_tables(dataset, lines, compared):
-    """The paired differences of the pairs of models in `compared`, a table for each figure."""
-    noise = keep_runs(lines, lambda run: run.noise)
-    names, severities = shared_corruptions(noise)
-    tables = [paired_table(f"{dataset}: differences between models in accuracy", lines, {
-        "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True)}, compared)]
-    tables += [paired_table(f"{dataset}: differences between models in the error under noise", noise, {
-        f"error under {what}, points": (lambda run: 100 * noise_error(run, part, severities), 2, False)}, compared)
-        for what, part in compared_noises(names).items()]
-    return "\n".join(filter(None, tables))
-
-
 def attention_tables(dataset, lines):
     """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
     irrelevant weight per patch, and the paired difference of the share."""
@@ -613,47 +537,69 @@ def attention_tables(dataset, lines):
             {"irrelevant share, points": (trained_irrelevant_share, 2, False)})
 
 
-def make_tables(dataset, lines, compared=()):
+def make_tables(dataset, lines):
     """{name: Markdown} of a data set."""
     noise = keep_runs(lines, lambda run: run.noise)
-    partial = keep_runs(lines, met_partial_noise)
     attention = keep_runs(lines, lambda run: run.attention)
     response = keep_runs(lines, lambda run: run.response)
+    names, _ = shared_corruptions(noise)
     tables = {
         "table": result_table(dataset, lines),
         "paired-table": paired_table(f"{dataset}: difference from `{BASELINE}`", lines, {
-            "test accuracy, points": (lambda run: 100 * run.summary["test_accuracy"], 2, True),
+            "test accuracy, points": (test_accuracy, 2, True),
             "test loss": (lambda run: run.summary["test_loss"], 4, False)}),
-        "noise-table": noise_tables(dataset, noise) if shared_corruptions(noise)[0] else "",
-        "shift-table": shift_tables(dataset, noise) if len(compared_noises(shared_corruptions(noise)[0])) == 2 else "",
+        "noise-table": noise_tables(dataset, noise) if names else "",
+        "shift-table": shift_tables(dataset, noise) if gaussian_parts(names) else "",
         "response-table": response_tables(dataset, response) if response else "",
-        "partial-noise-table": partial_noise_tables(dataset, partial) if partial else "",
         "attention-table": attention_tables(dataset, attention) if attention else "",
-        "comparisons": comparison_tables(dataset, lines, compared) if compared else "",
     }
     return {name: table for name, table in tables.items() if table}
+
+
+def comparison_tables(lines_of, compared):
+    """Markdown of the paired differences between the models of each pair in `compared`: in accuracy, then under both
+    parts of Gaussian noise, with one correction for all rows of each table.
+
+    lines_of: {data set: lines}. A data set whose runs did not all meet the parts has no rows in the second table.
+    """
+    accuracy, error = {}, {}
+    for dataset, lines in lines_of.items():
+        noise = keep_runs(lines, lambda run: run.noise)
+        names, severities = shared_corruptions(noise)
+        for pair in compared:
+            accuracy |= {(in_print(dataset), label): differences
+                         for label, differences in paired_differences(lines, test_accuracy, [pair]).items()}
+            for part in gaussian_parts(names):
+                found = paired_differences(noise, lambda run: 100 * noise_error(run, [part], severities), [pair])
+                error |= {(in_print(dataset), label, part.split("_")[-1]): differences
+                          for label, differences in found.items()}
+    return "\n".join(
+        make_table(heading, [*columns, *comparison_headings("difference, points")],
+                   [[*row, *comparison_cells(found, 2)] for row, found in comparisons.items()],
+                   f"{comparison_note(comparisons, 'the second model')} {STUDENT_NOTE}", DETECTABLE_NOTE)
+        for heading, columns, comparisons in [
+            ("Differences between models in test accuracy", ["data set", "models"], compare(accuracy, True)),
+            ("Differences between models in the error under the parts of Gaussian noise, mean over severities",
+             ["data set", "models", "part"], compare(error, False))] if comparisons)
 
 
 # What is printed.
 
 SCREEN, WIDTH = 40, 100  # lines and characters
 OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
-NOISE_NOTES = {  # by the last heading of a table
-    "noise error": "Noise error: mean test error under Gaussian and impulse noise.",
-    "fluctuation": "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."}
+PARTS_NOTE = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
 
 
 def overview_rows(dataset, lines):
     """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
     noise = keep_runs(lines, lambda run: run.noise)
     names, severities = shared_corruptions(noise)
-    met_noise, noises = {line.label: line.runs for line in noise}, compared_noises(names)
-    comparisons = compare_lines(lines, lambda run: 100 * run.summary["test_accuracy"], more_is_better=True)
+    met_noise, parts = {line.label: line.runs for line in noise}, gaussian_parts(names)
+    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
     rows = [["seeds", "parameters", "val loss", "accuracy", f"minus {BASELINE}, points",
-             *(["noise error"] if len(noises) < 2 else [what.split()[-1] for what in noises])]]
+             *(part.split("_")[-1] for part in parts)]]
     for line in lines:
-        errors = [[noise_error(run, part, severities) for run in met_noise.get(line.label, [])]
-                  for part in noises.values()] or [[]]
+        errors = [[noise_error(run, [part], severities) for run in met_noise.get(line.label, [])] for part in parts]
         loss, accuracy = (statistics.fmean(run.summary[name] for run in line.runs)
                           for name in ("val_loss", "test_accuracy"))
         rows.append([str(len(line.runs)), f"{line.runs[0].summary['parameters']:,}", f"{loss:.4f}", f"{accuracy:.2%}",
@@ -677,8 +623,8 @@ def overview(lines_of, out):
         for dataset, (heading, *rows) in tables.items():
             more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
             text += "\n".join([heading, *rows[:most], *more, "\n"] if most else [*more, ""])
-        text += "\n".join([OVERVIEW_NOTE, *(note for heading, note in NOISE_NOTES.items() if any(
-            rows[0].split("\n")[0].endswith(heading) for rows in tables.values()))])
+        has_parts = any(rows[0].split("\n")[0].endswith("fluctuation") for rows in tables.values())
+        text += "\n".join([OVERVIEW_NOTE, *[PARTS_NOTE] * has_parts])
         if text.count("\n") + 2 <= SCREEN:
             break
     return text

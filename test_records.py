@@ -187,7 +187,7 @@ def test_a_run_in_both_places(tmp_path, capsys):
 
 
 def test_damaged_tables(tmp_path):
-    """A damaged table is one line that names it: no traceback, no figure changed without a word."""
+    """A damaged or missing table is one line that names it: no traceback, no figure changed without a word."""
     write_runs(tmp_path)
     records.gather(tmp_path)
     right, tables = read(tmp_path), [*records.TABLES, records.SUMS]
@@ -210,17 +210,11 @@ def test_damaged_tables(tmp_path):
             assert "\n" not in str(error) and str(tmp_path) in str(error)
         for name, content in originals.items():
             (tmp_path / name).write_bytes(content)
-
-
-def test_missing_tables(tmp_path):
-    """Tables without SHA256SUMS, or without one of its tables, are not read."""
-    write_runs(tmp_path)
-    records.gather(tmp_path)
-    for name in [*records.TABLES, records.SUMS]:
-        (tmp_path / name).rename(tmp_path / "away")
+    for name in tables:
+        (tmp_path / name).unlink()
         with pytest.raises(records.UserError, match=f"{name} is missing"):
             records.find_runs(tmp_path)
-        (tmp_path / "away").rename(tmp_path / name)
+        (tmp_path / name).write_bytes(originals[name])
 
 
 def test_line_ends_do_not_matter(tmp_path):
@@ -300,18 +294,23 @@ def test_printing_ends_no_work(monkeypatch):
             assert records.exit_status("command", str, print, "closed") == 0
 
 
-def test_amounts_never_mix(tmp_path, capsys):
-    """Figures under corruptions of other amounts than the first run's are left out, and that is said."""
-    for model in ("vit", "vitold"):
-        folder = write_run(tmp_path, model)
-    rows = records.parse_csv((folder / "noise.csv").read_text())
-    records.write_csv(folder / "noise.csv", [
-        {name: row[name] for name in row if name != "amount"} for row in rows], severity="{:.0f}")
+def test_noise_without_amounts(tmp_path, monkeypatch):
+    """A run that does not say by which amounts its images were corrupted is skipped, in a folder or in tables, with
+    what to do; gather refuses it."""
+    for seed in (0, 1):
+        folder = write_run(tmp_path, seed=seed)
+    records.write_csv(folder / "noise.csv", [dict(corruption="blur", severity=1, test_accuracy=0.5)])
     records.write_summary(folder, records.read_summary(folder))
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "charts")]) == 0
-    assert "left out: what 1 runs did under noise" in capsys.readouterr().err
-    table = (tmp_path / "charts/mnist-noise-table.md").read_text()
-    assert "| vit |" in table and "vitold" not in table
+    advice = f"{folder}/noise.csv has no column amount: run python analysis.py {folder}"
+    with pytest.raises(records.UserError, match=advice):
+        records.gather(tmp_path)
+    for place in ("folders", "tables"):
+        runs, (line,) = records.find_runs(tmp_path)
+        assert [run.folder.name for run in runs] == ["mnist-vit-seed0"] and line.startswith(advice), place
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "check_amounts", lambda run: run)
+            records.gather(tmp_path)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -556,11 +556,11 @@ def make_tables(dataset, lines):
     return {name: table for name, table in tables.items() if table}
 
 
-def comparison_tables(lines_of, compared):
-    """Markdown of the paired differences between the models of each pair in `compared`: in accuracy, then under both
-    parts of Gaussian noise, with one correction for all rows of each table.
+def compare_models(lines_of, compared):
+    """The models of each pair in `compared`: {(data set, models): Comparison} in accuracy, and {(data set, models, part):
+    Comparison} in the error under the parts of Gaussian noise, each with one correction for all its rows.
 
-    lines_of: {data set: lines}. A data set whose runs did not all meet the parts has no rows in the second table.
+    lines_of: {data set: lines}. A data set whose runs did not all meet the parts has no rows of the second.
     """
     accuracy, error = {}, {}
     for dataset, lines in lines_of.items():
@@ -573,14 +573,19 @@ def comparison_tables(lines_of, compared):
                 found = paired_differences(noise, lambda run: 100 * noise_error(run, [part], severities), [pair])
                 error |= {(in_print(dataset), label, part.split("_")[-1]): differences
                           for label, differences in found.items()}
+    return compare(accuracy, True), compare(error, False)
+
+
+def comparison_tables(lines_of, compared):
+    """What compare_models finds, in Markdown."""
+    headings = {"Differences between models in test accuracy": ["data set", "models"],
+                "Differences between models in the error under the parts of Gaussian noise, mean over severities": [
+                    "data set", "models", "part"]}
     return "\n".join(
         make_table(heading, [*columns, *comparison_headings("difference, points")],
                    [[*row, *comparison_cells(found, 2)] for row, found in comparisons.items()],
                    f"{comparison_note(comparisons, 'the second model')} {STUDENT_NOTE}", DETECTABLE_NOTE)
-        for heading, columns, comparisons in [
-            ("Differences between models in test accuracy", ["data set", "models"], compare(accuracy, True)),
-            ("Differences between models in the error under the parts of Gaussian noise, mean over severities",
-             ["data set", "models", "part"], compare(error, False))] if comparisons)
+        for (heading, columns), comparisons in zip(headings.items(), compare_models(lines_of, compared)) if comparisons)
 
 
 # What is printed.

@@ -133,15 +133,10 @@ def p_holm(found):
     return found and f"{found.p_holm:.2g}" or ""
 
 
-def detectable(found):
-    return found and f"{found.detectable:.2f}" or ""
-
-
-def on_both(found, cell):
-    """Rows of a table of differences: a name, and on each data set the interval and what `cell` makes. found: {data set:
-    {name: Comparison}}."""
-    return [[name, *(text(rows.get(name)) for rows in found.values() for text in (interval, cell))]
-            for name in dict.fromkeys(itertools.chain(*found.values()))]
+def side_by_side(found, *cells):
+    """Rows of a table of differences: a name, and of each of `found`, {name: Comparison}, what `cells` make."""
+    return [[name, *(cell(rows.get(name)) for rows in found for cell in cells)]
+            for name in dict.fromkeys(itertools.chain(*found))]
 
 
 def pairs_compared(*places):
@@ -152,10 +147,10 @@ def pairs_compared(*places):
     return re.findall(r"--compare (\w+) (\w+)", flags)
 
 
-def by_dataset(comparisons, *part):
-    """{data set: {models: Comparison}} of what stats.compare_models found, of one part of the noise if it is named."""
-    return {dataset: {key[1]: found for key, found in comparisons.items() if key[0] == BOTH[dataset]
-                      and key[2:] == part} for dataset in BOTH}
+def by_dataset(comparisons, *parts):
+    """[{models: Comparison}] of what stats.compare_models found: of each data set, and part of the noise if any."""
+    return [{key[1]: found for key, found in comparisons.items() if key[0] == name and key[2:] == part}
+            for name in BOTH.values() for part in ([(part,) for part in parts] or [()])]
 
 
 def test_results_in_the_readme():
@@ -182,22 +177,17 @@ def test_primary_comparisons():
     _, found = stats.compare_models(plot.arrange(runs), pairs)
     assert len(found) == 8 and {comparison.count for comparison in found.values()} == {19}
     assert_table("runs/README.md", [[f"{name.split()[0]}, {part}", *cells] for part in ("shift", "fluctuation")
-                                    for name, *cells in on_both(by_dataset(found, part), p_holm)])
+                                    for name, *cells in side_by_side(by_dataset(found, part), interval, p_holm)])
     assert all(comparison.p_holm < 0.05 and comparison.mean < 0 for comparison in found.values())
 
 
 def test_differences_in_the_report():
     """The report's tables of differences are those of the records."""
-    tables = [on_both({dataset: stats.compare_lines(lines_of("reference")[dataset], accuracy, True)
-                       for dataset in BOTH}, p_holm)]
+    assert_table("runs/README.md", side_by_side([
+        stats.compare_lines(lines_of("reference")[dataset], accuracy, True) for dataset in BOTH], interval, p_holm))
     accuracies, errors = stats.compare_models(lines_of(*CONTROLS), pairs_compared(*CONTROLS))
-    equal = [f"vitdiff - {control}" for control in ("vitmatched", "vitheads", "vitboth")] + [
-        "vitdiffpaper - vit", "vitheads - vit", "vitboth - vit"]
-    tables.append([row for name in equal for row in on_both(by_dataset(accuracies), detectable) if row[0] == name])
-    tables += [on_both(by_dataset(errors, part), p_holm) for part in ("shift", "fluctuation")]
-    for rows in tables:
-        assert_table("runs/README.md", rows)
-    assert_says("runs/README.md", "both parts and data sets of the {} comparisons", len(pairs_compared(*CONTROLS)))
+    for found in (by_dataset(accuracies), by_dataset(errors, "shift", "fluctuation")):
+        assert_table("runs/README.md", side_by_side(found, interval))
     unseen = [run for (_, _, seed), run in runs_of("reference").items() if seed > 4]
     for dataset in BOTH:
         seen, unseen_ = (stats.compare_lines(lines[dataset], accuracy, True)

@@ -25,6 +25,7 @@ BOTH = dict(mnist="MNIST", fashionmnist="Fashion-MNIST")
 SEEDS = dict(mnist=20, fashionmnist=20, clutteredmnist=8)  # of the reference
 CONTROLS = ("controls", "reference")  # folders compared together
 OLD = "6eff288"  # the commit of canvases, faults and recipes
+PARTS = stats.GAUSSIAN_PARTS
 READMES = [HERE / "README.md", *sorted(RUNS.glob("**/*.md"))]
 
 
@@ -53,8 +54,7 @@ def test_reference_settings():
 
 
 def facts_of(runs):
-    """The commits and devices that trained runs. Of some the record adds -dirty: copies of a plugin lay beside the code.
-    """
+    """Commits and devices that trained runs; some records say -dirty, as copies of a plugin lay beside the code."""
     return {(run.facts["git_commit"].removesuffix("-dirty")[:7], run.facts["device_name"]) for run in runs}
 
 
@@ -121,8 +121,8 @@ def error_under(corruption):
     return lambda run: 100 * stats.noise_error(run, [corruption], 5)
 
 
-def mean_of(line, figure):
-    return statistics.fmean(run.summary[figure] for run in line.runs)
+def mean(line, figure_of):  # a function of a run, or a figure of its summary
+    return statistics.fmean(figure_of(run) if callable(figure_of) else run.summary[figure_of] for run in line.runs)
 
 
 def interval(found):  # a cell, empty where nothing was compared
@@ -156,14 +156,11 @@ def by_dataset(comparisons, *parts):
 def test_results_in_the_readme():
     """README's table has the means over the seeds, beside what is published."""
     lines = {(dataset, line.model): line for dataset in BOTH for line in lines_of(*CONTROLS)[dataset]}
-    rows = []
-    for model in ["vit", "vitbalanced", "vitboth", "vitdiff", "vitdiffpaper", "vitdiffv2"]:
-        rows.append([model, f"{lines['mnist', model].runs[0].summary['parameters']:,}"])
-        for line in (lines[dataset, model] for dataset in BOTH):
-            errors = [statistics.fmean(map(error_under(part), line.runs)) for part in stats.GAUSSIAN_PARTS]
-            rows[-1] += [f"{mean_of(line, 'test_loss'):.4f}, {mean_of(line, 'test_accuracy'):.2%}",
-                         "{:.1f}%, {:.1f}%".format(*errors)]
-    assert_table("README.md", rows)
+    assert_table("README.md", [[
+        model, f"{lines['mnist', model].runs[0].summary['parameters']:,}", *(cell for dataset in BOTH for cell in [
+            "{:.4f}, {:.2%}".format(*(mean(lines[dataset, model], name) for name in ("test_loss", "test_accuracy"))),
+            "{:.1f}%, {:.1f}%".format(*(mean(lines[dataset, model], error_under(part)) for part in PARTS))])]
+        for model in ["vit", "vitbalanced", "vitboth", "vitdiff", "vitdiffpaper", "vitdiffv2"]])
     for name, model in zip(["ViT", "ViTBalanced", "ViTDiff"], ["vit", "vitbalanced", "vitdiff"]):
         figures = [stats.PUBLISHED[dataset, model] for dataset in BOTH]
         assert_says("README.md", "| published {} | {:,} | {} | | {} | |", name, figures[0].parameters,
@@ -197,39 +194,34 @@ def test_differences_in_the_report():
 
 def test_errors_in_the_report():
     """The report's tables of errors and of the response of the branches have the figures of the records."""
-    rows, response = {}, []
-    corruptions = [*stats.GAUSSIAN_PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"]
-    for dataset in BOTH:
-        lines = {line.model: line for line in lines_of(*CONTROLS)[dataset]}
-        for model in ["vit", "vitbalanced", "vitheads", "vitmatched", "vitboth", "vitcentered", "vitsumscaled", "vitdiff",
-                      "vitdiffpaper", "vitdiffv2"]:
-            rows.setdefault(model, [model]).extend(
-                f"{statistics.fmean(map(error_under(name), lines[model].runs)):.1f}%" for name in corruptions)
-        for part, model in itertools.product(stats.GAUSSIAN_PARTS, ("vit", "vitdiff", "vitdiffpaper", "vitdiffv2")):
-            figures = [statistics.fmean(stats.response_of(run, f"{part}_3", 1, name) for run in lines[model].runs)
-                       for name in ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "noise_cosine",
-                                    "signal_cosine")]
-            response.append([f"{BOTH[dataset]}, {part.split('_')[-1]}, {model}",
-                             *("" if math.isnan(figure) else f"{figure:.2f}" for figure in figures)])
-    assert_table("runs/README.md", rows.values())
-    for name, *cells in response:
-        assert_says("runs/README.md", "| {}, `{}` | {} | {} | {} | {} | {} |", *name.rsplit(", ", 1), *cells)
+    errors, response = {}, {}
+    figures = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "noise_cosine", "signal_cosine"]
+    for lines in (lines_of(*CONTROLS)[dataset] for dataset in BOTH):
+        for line in (line for line in lines if line.model != "vitsum"):
+            errors.setdefault(line.model, [line.model]).extend(f"{mean(line, error_under(name)):.1f}%" for name in [
+                *PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"])
+        for part, line in itertools.product(PARTS, (line for line in lines if line.model in MODELS)):
+            name = f"{part.split('_')[-1]}, {line.model}"
+            found = [mean(line, lambda run: stats.response_of(run, f"{part}_3", 1, figure)) for figure in figures]
+            response.setdefault(name, [name]).extend("" if math.isnan(value) else f"{value:.2f}" for value in found)
+    assert_table("runs/README.md", errors.values())
+    assert_table("runs/README.md", response.values())
 
 
 def test_attention_and_canvases_in_the_report():
     """The report's tables of attention and of cluttered MNIST have the figures of the records."""
-    rows = {}
+    rows, share = {}, stats.trained_irrelevant_share
     for lines in (lines_of("reference")[dataset] for dataset in BOTH):
-        found = stats.compare_lines(lines, stats.trained_irrelevant_share, False)
+        found = stats.compare_lines(lines, share, False)
         for line in lines:
-            share = statistics.fmean(map(stats.trained_irrelevant_share, line.runs))
-            rows.setdefault(line.model, [line.model]).extend([f"{share:.1f}%", interval(found.get(line.model))])
+            rows.setdefault(line.model, [line.model]).extend(
+                [f"{mean(line, share):.1f}%", interval(found.get(line.model))])
     assert_table("runs/README.md", rows.values())
     lines = lines_of("reference")["clutteredmnist"]
     found = stats.compare_lines(lines, accuracy, True)
     assert_table("runs/README.md", [[
-        line.model, f"{line.runs[0].summary['parameters']:,}", f"{mean_of(line, 'test_loss'):.4f}",
-        f"{mean_of(line, 'test_accuracy'):.2%}", interval(found.get(line.model)), p_holm(found.get(line.model))]
+        line.model, f"{line.runs[0].summary['parameters']:,}", f"{mean(line, 'test_loss'):.4f}",
+        f"{mean(line, 'test_accuracy'):.2%}", interval(found.get(line.model)), p_holm(found.get(line.model))]
         for line in lines])
 
 
@@ -241,9 +233,9 @@ def test_numbers_in_the_prose():
         lines_of("reference"), [("vitdiff", "vit")])[1].values()]
     assert_says("README.md", "by {:.2f} to {:.1f} points", -max(differences), -min(differences))
     assert_says("runs/README.md", "before correction: {:.4f} for ten", stats.sign_flip_p([1.0] * 10))
-    assert_says("runs/README.md", "A step of `vitdiff` takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there.", *(
-        milliseconds for name in ("benchmark", "benchmark-h100") for milliseconds in re.findall(
-            r"\| vitdiff, mnist \| 1 \| (?:no|yes) \| ([\d.]+)", (RUNS / f"reference/{name}.md").read_text())))
+    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there", *re.findall(
+        r"\| vitdiff, mnist \| 1 \| (?:no|yes) \| ([\d.]+)", "".join(
+            (RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))))
     (three,), (thirty,) = (runs_of(f"trials/{name}-epochs").values() for name in ("three", "thirty"))
     assert accuracy(three) > 95.75
     assert_says("runs/trials/README.md", "of `vit` on cluttered MNIST err in {:.2f}%", 100 - accuracy(thirty))
@@ -258,12 +250,11 @@ def test_algebra():
         rows = [row for row in csv.DictReader(file) if row["block"] == "0" and row["model"] != "vitsum"]
     ratios = sorted(float(row["shift"]) / float(row["one_minus_lambda"]) for row in rows)
     assert_says("runs/README.md", "the shift is left at {:.1f} to {:.1f} times 1 - lambda", ratios[0], ratios[-1])
-    found = []
-    for lines in (lines_of(*CONTROLS)[dataset] for dataset in BOTH):
-        figures = [[statistics.fmean(figure(run) for run in line.runs) for line in lines] for figure in (
-            lambda run: math.log(stats.response_of(run, "gaussian_noise_shift_3", 1, "noise_to_signal")),
-            lambda run: run.noise["gaussian_noise_shift"][2])]
-        found.append(-statistics.correlation(*figures))
+    found = [statistics.correlation(
+        [mean(line, lambda run: math.log(stats.response_of(run, "gaussian_noise_shift_3", 1, "noise_to_signal")))
+         for line in lines_of(*CONTROLS)[dataset]],
+        [mean(line, lambda run: 1 - run.noise["gaussian_noise_shift"][2]) for line in lines_of(*CONTROLS)[dataset]])
+        for dataset in BOTH]
     assert_says("runs/README.md", "by {:.2f} and {:.2f} on MNIST and Fashion-MNIST", *found)
 
 

@@ -393,7 +393,7 @@ def draw_shift(dataset, lines):
     figure, row, places = new_rows(
         f"Test error under Gaussian noise on {in_print(dataset)}", [
             "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest",
-            f"mean over severities 1 to {severities}, none met in training{dashed_note(lines)}"],
+            f"mean over severities 1 to {severities}{dashed_note(lines)}"],
         lines, lambda line: statistics.fmean(errors(line, "gaussian_noise")), panels, len(panels), 2.4)
     for axes, name in zip(row, panels.values()):
         for place, line in places.items():

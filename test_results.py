@@ -22,9 +22,7 @@ from vit import MODELS
 RUNS = HERE / "runs"
 REFERENCE = sorted((RUNS / "reference").glob("*-seed0"))
 BOTH = dict(mnist="MNIST", fashionmnist="Fashion-MNIST")
-SEEDS = dict(mnist=20, fashionmnist=20, clutteredmnist=8)  # of the reference
 CONTROLS = ("controls", "reference")  # folders compared together
-OLD = "6eff288"  # the commit of canvases, faults and recipes
 PARTS = stats.GAUSSIAN_PARTS
 READMES = [HERE / "README.md", *sorted(RUNS.glob("**/*.md"))]
 
@@ -53,48 +51,32 @@ def test_reference_settings():
             assert train.resolve_settings(args, model, dataset, seed, torch.device("cpu")) == recorded
 
 
-def facts_of(runs):
-    """Commits and devices that trained runs; some records say -dirty, as copies of a plugin lay beside the code."""
-    return {(run.facts["git_commit"].removesuffix("-dirty")[:7], run.facts["device_name"]) for run in runs}
-
-
-def test_reference_runs():
-    """The reference has all seeds of all models, on MNIST and Fashion-MNIST by one commit of the code on one device."""
-    assert set(runs_of("reference")) == {
-        (dataset, model, seed) for dataset, seeds in SEEDS.items()
-        for model in MODELS if dataset != "clutteredmnist" or model != "vitbalanced" for seed in range(seeds)}
-    for dataset in SEEDS:
-        found = facts_of(run for key, run in runs_of("reference").items() if key[0] == dataset)
-        assert found == {(OLD, "x86_64") if dataset == "clutteredmnist" else ("7a4e73b", "NVIDIA H100 80GB HBM3")}
-
-
+H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
+PLACES = [
+    ("reference", MODELS, 20, BOTH, H100),
+    ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], 8, ["clutteredmnist"], OLD),
+    ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], 10, BOTH, H100),
+    ("controls", ["vitsum"], 10, ["fashionmnist"], H100),
+    ("brightness", ["vit", "vitheads", "vitboth", "vitdiff", "vitdiffv2"], 5, BOTH, CPU),
+    *((place, ["vit", "vitdiff"], 10, datasets, OLD) for place, datasets in [
+        ("faults/activated", ["mnist"]), ("faults/ordered", ["mnist"]), ("trials/recipes", BOTH)]),
+    ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], 10, ["mnist"], OLD)]
 OTHER_RECIPES = dict(mnist=dict(muon_lr=0.008), fashionmnist=dict(batch_size=128, muon_lr=0.005, lr=0.003))
 
 
-@pytest.mark.parametrize("place, models, seeds, datasets", [
-    ("controls", "vitheads vitmatched vitboth vitsum vitsumscaled vitcentered", 10, BOTH),
-    ("faults/activated", "vit vitdiff", 10, ["mnist"]), ("faults/ordered", "vit vitdiff", 10, ["mnist"]),
-    ("faults/attention", "vitdifftokennorm vitdiffnovember", 10, ["mnist"]),
-    ("trials/recipes", "vit vitdiff", 10, BOTH), ("trials/muon-0.008", "vit vitdiff", 5, ["mnist"])])
-def test_one_change(place, models, seeds, datasets):
-    """Controls, faults and other recipes have the settings of the reference, but for a plugin that lies beside them, a
-    model, a setting; controls have its commit and device, too."""
-    expected = set(itertools.product(datasets, models.split(), range(seeds)))
-    if place == "controls":
-        expected -= {("mnist", "vitsum", seed) for seed in range(10)}
-        assert facts_of(runs_of(place).values()) == {("7a4e73b", "NVIDIA H100 80GB HBM3")}
-    assert set(runs_of(place)) == expected
-    for (dataset, model, seed), run in runs_of(place).items():
-        reference = runs_of("reference")[dataset, "vit", seed]
-        changed = dict(num_heads=4) if model in ("vitheads", "vitboth") else {}
-        changed |= dict(mlp_dim=160) if model in ("vitmatched", "vitboth") else {}
-        if place.startswith("trials"):
-            changed = OTHER_RECIPES[dataset]
-        else:
-            changed["plugin"] = run.settings["plugin"]
-            assert records.find_run_plugin(run.folder, run.settings["plugin"]).parent == RUNS / place
-        assert run.settings == reference.settings | dict(model=model) | changed
-        assert place in ("controls", "trials/muon-0.008") or facts_of([run]) == {(OLD, "x86_64")}
+@pytest.mark.parametrize("place", dict.fromkeys(place for place, *_ in PLACES))
+def test_runs(place):
+    """A folder has all seeds of its models, by one commit on one device (some records say -dirty, as copies of a plugin
+    lay beside the code), with the plugin beside them, by the recipe of the reference but for a setting."""
+    found = {key: (run.facts["git_commit"].removesuffix("-dirty")[:7], run.facts["device_name"])
+             for key, run in runs_of(place).items()}
+    assert found == {key: facts for name, models, seeds, datasets, facts in PLACES if name == place
+                     for key in itertools.product(datasets, models, range(seeds))}
+    for (dataset, _, seed), run in runs_of(place).items():
+        changed = {"trials/recipes": OTHER_RECIPES.get(dataset), "brightness": dict(brightness=0.2)}.get(place, {})
+        assert stats.recipe_of(run) == stats.recipe_of(runs_of("reference")[dataset, "vit", seed]) | changed
+        if run.settings["plugin"]:
+            assert RUNS / place in records.find_run_plugin(run.folder, run.settings["plugin"]).parents
 
 
 def words(text):

@@ -150,9 +150,10 @@ def compare(rows, more_is_better):
 
 
 def recipe_of(run):
-    """The settings that two runs must share to be compared, the seed among them: all but the model and its sizes."""
+    """The settings that two runs must share to be compared, the seed among them: all but the model, its sizes and the
+    precision, which is another on a GPU than on a CPU where --amp is left out."""
     return {name: value for name, value in run.settings.items()
-            if value is not None and name not in ("model", "plugin", *records.MODEL_SETTINGS)}
+            if value is not None and name not in ("model", "plugin", "amp", *records.MODEL_SETTINGS)}
 
 
 def pair_with_baseline(line, lines, baseline=BASELINE):
@@ -162,7 +163,7 @@ def pair_with_baseline(line, lines, baseline=BASELINE):
     """
     def distance(other):
         return other.folder != line.folder, other.front, sum(
-            other.settings.get(name) != line.settings.get(name) for name in ["plugin", *records.MODEL_SETTINGS])
+            other.settings.get(name) != line.settings.get(name) for name in ["plugin", "amp", *records.MODEL_SETTINGS])
 
     baselines = sorted((other for other in lines if other.model == baseline), key=distance)
     recipes, pairs = [(recipe_of(other), other) for found in baselines for other in found.runs], []

@@ -190,6 +190,20 @@ def test_errors_in_the_report():
     assert_table("runs/README.md", response.values())
 
 
+def test_brightness_in_the_report():
+    """What README and report say of training with brighter images are means over the seeds without and with it."""
+    figures, rows = [lambda run: 100 - accuracy(run), *map(error_under, ["gaussian_noise", *PARTS])], {}
+    for (dataset, model, seed), run in runs_of("brightness").items():
+        plain = runs_of(*CONTROLS)[dataset, model, seed]
+        rows.setdefault((model, dataset), []).append([figure(of) for figure in figures for of in (plain, run)])
+    means = {key: list(map(statistics.fmean, zip(*found))) for key, found in rows.items()}
+    assert_table("runs/README.md", [[model, *("{:.1f}% to {:.1f}%".format(*means[model, dataset][i:i + 2])
+                                              for dataset in BOTH for i in range(0, 8, 2))]
+                                    for model in sorted({model for model, _ in rows})])
+    assert_says("README.md", "`vit` errs in {:.1f}% and {:.1f}% under the shift", *(
+        means["vit", dataset][5] for dataset in BOTH))
+
+
 def test_attention_and_canvases_in_the_report():
     """The report's tables of attention and of cluttered MNIST have the figures of the records."""
     rows, share = {}, stats.trained_irrelevant_share

@@ -167,11 +167,12 @@ def test_differences_in_the_report():
     accuracies, errors = stats.compare_models(lines_of(*CONTROLS), pairs_compared(*CONTROLS))
     for found in (by_dataset(accuracies), by_dataset(errors, "shift", "fluctuation")):
         assert_table("runs/README.md", side_by_side(found, interval))
-    unseen = [run for (_, _, seed), run in runs_of("reference").items() if seed > 4]
+    unseen = plot.arrange([run for (_, _, seed), run in runs_of("reference").items() if seed > 4])
     for dataset in BOTH:
-        seen, unseen_ = (stats.compare_lines(lines[dataset], accuracy, True)
-                         for lines in (lines_of("reference"), plot.arrange(unseen)))
-        assert all(seen[name].mean * unseen_[name].mean > 0 for name in seen)
+        seen, found = (stats.compare_lines(lines[dataset], accuracy, True) for lines in (lines_of("reference"), unseen))
+        assert all(seen[name].mean * found[name].mean > 0 for name in seen)
+    found = stats.compare_lines(unseen["fashionmnist"], accuracy, True)["vitdiff"]
+    assert_says("runs/README.md", "the lead of `vitdiff` on Fashion-MNIST is {} points", interval(found))
 
 
 def test_errors_in_the_report():
@@ -223,40 +224,60 @@ def test_attention_and_canvases_in_the_report():
 
 def test_numbers_in_the_prose():
     """The few numbers outside tables of README and report are those of the records."""
-    found = stats.compare_lines(lines_of("reference")["fashionmnist"], accuracy, True)
-    assert_says("README.md", "On Fashion-MNIST `vitdiff` is ahead by {:.2f} points", found["vitdiff"].mean)
-    differences = [found.mean for found in stats.compare_models(
-        lines_of("reference"), [("vitdiff", "vit")])[1].values()]
-    assert_says("README.md", "by {:.2f} to {:.1f} points", -max(differences), -min(differences))
+    found = stats.compare_lines(lines_of("reference")["fashionmnist"], accuracy, True)["vitdiff"]
+    assert_says("README.md", "On Fashion-MNIST `vitdiff` is ahead by {:.2f} points of accuracy (95% interval {:.2f} to "
+                "{:.2f})", found.mean, found.mean - found.half, found.mean + found.half)
     assert_says("runs/README.md", "before correction: {:.4f} for ten", stats.sign_flip_p([1.0] * 10))
-    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there", *re.findall(
-        r"\| vitdiff, mnist \| 1 \| (?:no|yes) \| ([\d.]+)", "".join(
-            (RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))))
+    text = "".join((RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))
+    costs = [cost for model in ("vitdiff", "vit")
+             for cost in re.findall(rf"\| {model}, mnist \| 1 \| \w+ \| ([\d.]+)", text)]
+    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there; one of `vit` {}, {}, "
+                "{}, {}.", *costs)
     (three,), (thirty,) = (runs_of(f"trials/{name}-epochs").values() for name in ("three", "thirty"))
     assert accuracy(three) > 95.75
     assert_says("runs/trials/README.md", "of `vit` on cluttered MNIST err in {:.2f}%", 100 - accuracy(thirty))
-    with open(RUNS / "trials/checks/outcomes.csv", newline="") as file:
-        errors = [float(row["error"]) for row in csv.DictReader(file)]
-    assert_says("runs/README.md", "by a further error of {:.2f} to {:.2f} points", min(errors), max(errors))
 
 
-def test_algebra():
-    """What the report says of 1 - lambda, and of noise to signal and errors over models, is so."""
-    with open(RUNS / "trials/checks/algebra.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["block"] == "0" and row["model"] != "vitsum"]
-    ratios = sorted(float(row["shift"]) / float(row["one_minus_lambda"]) for row in rows)
-    assert_says("runs/README.md", "the shift is left at {:.1f} to {:.1f} times 1 - lambda", ratios[0], ratios[-1])
-    found = [statistics.correlation(
-        [mean(line, lambda run: math.log(stats.response_of(run, "gaussian_noise_shift_3", 1, "noise_to_signal")))
-         for line in lines_of(*CONTROLS)[dataset]],
-        [mean(line, lambda run: 1 - run.noise["gaussian_noise_shift"][2]) for line in lines_of(*CONTROLS)[dataset]])
-        for dataset in BOTH]
-    assert_says("runs/README.md", "by {:.2f} and {:.2f} on MNIST and Fashion-MNIST", *found)
+def checks(name):
+    with open(RUNS / f"trials/checks/{name}.csv", newline="") as file:
+        return [{key: records.to_number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def leads_of(dataset, place, figure_of):
+def test_checks():
+    """What the report says of the test set's own error, of exchanged outputs, and of 1 - lambda, is in their tables."""
+    errors = [row["error"] for row in checks("outcomes")]
+    assert_says("runs/README.md", "by a further standard error of {:.2f} to {:.2f} points", min(errors), max(errors))
+    found = {(row["part"], row["dataset"], row["model"]): row for row in checks("intervention")}
+    for part, (exchange, name) in itertools.product(("shift", "fluctuation"), dict(
+            left="as they are", clean="those of the clean image", undone="the first branch alone changed").items()):
+        cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
+                 for model in ("vit", "vitdiff", "vitdiffv2")]
+        assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
+    row = found["shift", "mnist", "vitdiff"]
+    assert_says("README.md", "errs in {:.1f}% of MNIST's images under the shift of severity 3 instead of {:.1f}%",
+                row["undone"], row["left"])
+    for block, models, sentence in [
+            (0, ["vitsum"], "the shift is left at {:.1f} to {:.1f} times 1 - lambda"),
+            (1, ["vitsum", "vitcentered"], "In the last block of the differential models {:.1f} to {:.0f} times")]:
+        ratios = sorted(row["shift"] / row["one_minus_lambda"] for row in checks("algebra")
+                        if row["block"] == block and row["model"] not in models)
+        assert_says("runs/README.md", sentence, ratios[0], ratios[-1])
+
+
+def test_noise_to_signal_and_errors():
+    """How noise to signal in the last block goes with the error, over models, is as the report says."""
+    def correlation(part, dataset):
+        return statistics.correlation(*zip(*(
+            (mean(line, lambda run: math.log(stats.response_of(run, f"{part}_3", 1, "noise_to_signal"))),
+             mean(line, lambda run: 1 - run.noise[part][2])) for line in lines_of(*CONTROLS)[dataset])))
+
+    assert_says("runs/README.md", "by {:.2f} and {:.2f} on MNIST and Fashion-MNIST under the shift, and by {:.2f} and "
+                "{:.2f} under the fluctuation", *(correlation(part, dataset) for part in PARTS for dataset in BOTH))
+
+
+def leads_of(dataset, place):
     """The lead of `vitdiff` over `vit` in ten seeds of a folder and of the reference, and its change: Comparisons."""
-    here, there = ([figure_of(runs[dataset, "vitdiff", seed]) - figure_of(runs[dataset, "vit", seed])
+    here, there = ([accuracy(runs[dataset, "vitdiff", seed]) - accuracy(runs[dataset, "vit", seed])
                     for seed in range(10)] for runs in (runs_of(place), runs_of("reference")))
     return stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
 
@@ -264,40 +285,34 @@ def leads_of(dataset, place, figure_of):
 def test_recipes_that_lost():
     """How `vitdiff` compares with `vit` by the recipe that lost is as the README of the trials says."""
     for dataset, name in BOTH.items():
-        here, there, change = leads_of(dataset, "trials/recipes", accuracy).values()
+        here, there, change = leads_of(dataset, "trials/recipes").values()
         assert_says("runs/trials/README.md", "| {}, accuracy | {} | {:.2g} | {} | {} |", name, interval(here), here.p,
                     interval(there), interval(change))
 
 
-@pytest.mark.parametrize("dataset, folders, chosen", [
-    ("mnist", ["default", "muon-0.008", "decay-0.7"], 0),
-    ("fashionmnist", ["default", "batch-256-muon-0.008", "batch-256-muon-0.01"], 1)])
-def test_trials(dataset, folders, chosen):
-    """The table of trials is that of the records, and by the rule above it a recipe other than the default is chosen
-    where its lead is more than a standard error."""
-    rows = [row.split(" | ") for row in (RUNS / "trials/README.md").read_text().splitlines()
+@pytest.mark.parametrize("dataset, folders", [
+    ("mnist", ["default", "muon-0.008", "decay-0.7"]),
+    ("fashionmnist", ["default", "batch-256-muon-0.008", "batch-256-muon-0.01"])])
+def test_trials(dataset, folders):
+    """The table of trials is that of the records; a lead over the default is of pairs of a model and a seed."""
+    rows = [row.strip("| ").split(" | ")[2:] for row in (RUNS / "trials/README.md").read_text().splitlines()
             if row.startswith(f"| {dataset} |")]
     losses = [[[runs_of(f"trials/{folder}")[dataset, model, seed].summary["val_loss"] for seed in range(5)]
                for model in ("vit", "vitdiff")] for folder in folders]
-    leads = []
     for found, row in zip(losses, rows, strict=True):
-        pairs = [before - after for model in (0, 1) for before, after in zip(losses[0][model], found[model])]
-        leads.append((statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(10)))
-        assert row[2:5] == [f"{statistics.fmean(part):.4f}" for part in [*found, found[0] + found[1]]]
-        assert row[5].rstrip(" |") == ("" if found is losses[0] else "{:.4f} ± {:.4f}".format(*leads[-1]))
-    lowest = max(range(3), key=lambda i: leads[i][0])
-    assert chosen == (lowest if leads[lowest][0] > leads[lowest][1] else 0)
+        leads = [before - after for model in (0, 1) for before, after in zip(losses[0][model], found[model])]
+        lead = f"{statistics.fmean(leads):.4f} ± {statistics.stdev(leads) / math.sqrt(10):.4f}"
+        assert row == [*(f"{statistics.fmean(part):.4f}" for part in [*found, found[0] + found[1]]), lead][:len(row)]
 
 
 @pytest.mark.parametrize("fault", ["activated", "ordered"])
 def test_faults(fault):
     """The effect of a fault that its README states is that of the records."""
-    lead = leads_of("mnist", f"faults/{fault}", accuracy)
-    found = lead["change"]
+    here, _, found = leads_of("mnist", f"faults/{fault}").values()
     assert found.p > 0.05 and found.mean + found.half < 0.24
     assert_says("runs/faults/README.md", "The fault changes the lead of `vitdiff`, seed by seed, by {:+.2f} points "
                 "({}: no effect is shown, and one of 0.24 is excluded.", found.mean, interval(found).split("(")[1])
-    assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(lead["here"]), lead["here"].p)
+    assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(here), here.p)
 
 
 @pytest.mark.parametrize("places", [("reference",), CONTROLS, ("faults/attention", "reference")])

@@ -309,14 +309,12 @@ def measure_response(models, split, settings):
     means = [total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
     noises = [name for name in data.CORRUPTIONS if data.corruption_kind(name) in data.NOISES]
     sums = {name: [] for name in ("clean", *noises)}
-    for first, pixels in data.evaluation_pixels(split, settings):
-        clean = [outputs_of(*batch) for batch in data.cache_sized(data.normalize(pixels, settings["dataset"]))]
-        sums["clean"] += [[sum_response(block - mean) for block, mean in zip(outputs, means)] for outputs in clean]
-        for name in noises:
-            corrupted = data.corrupt(pixels, name, 3, first, split, settings)
-            batches = data.cache_sized(data.normalize(corrupted, settings["dataset"]))
-            sums[name] += [[sum_response(after - before) for after, before in zip(outputs_of(*batch), outputs)]
-                           for batch, outputs in zip(batches, clean)]
+    clean = data.evaluation_batches(split, settings)
+    for (name, _), images, _ in data.corrupted_batches(split, settings, noises, [3]):
+        if name == noises[0]:  # of the next images
+            before = outputs_of(next(clean)[0])
+            sums["clean"].append([sum_response(block - mean) for block, mean in zip(before, means)])
+        sums[name].append([sum_response(block - old) for block, old in zip(outputs_of(images), before)])
     totals = {name: [[total(part) for part in zip(*block)] for block in zip(*batches)]
               for name, batches in sums.items()}
     tables = [[] for _ in models]
@@ -401,6 +399,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    machine.keep_freed_memory()
     return records.exit_status("analysis.py", parse_flags, analyse_runs, argv)
 
 

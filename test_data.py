@@ -563,7 +563,7 @@ def test_corruptions_together(monkeypatch):
     together = {}
     for key, images, labels in data.corrupted_batches(split, settings):
         together.setdefault(key, []).append((images, labels))
-    assert list(together) == [(name, severity) for name in data.CORRUPTIONS for severity in range(1, 6)]
+    assert list(together) == [(name, severity) for severity in range(1, 6) for name in data.CORRUPTIONS]
     for key in [("distractors", 2), ("occlusion", 4), ("shot_noise_fluctuation", 5), ("patch_offset", 1)]:
         for batch, alone in zip(together[key], data.evaluation_batches(split, settings, *key), strict=True):
             assert all(map(torch.equal, batch, alone))

@@ -558,8 +558,8 @@ def make_tables(dataset, lines):
 
 
 def compare_models(lines_of, compared):
-    """The models of each pair in `compared`: {(data set, models): Comparison} in accuracy, and {(data set, models, part):
-    Comparison} in the error under the parts of Gaussian noise, each with one correction for all its rows.
+    """The models of each pair in `compared`, each of the two with one correction for all its rows: {(data set, models):
+    Comparison} in accuracy, and {(data set, models, part): Comparison} in the error under the parts of Gaussian noise.
 
     lines_of: {data set: lines}. A data set whose runs did not all meet the parts has no rows of the second.
     """

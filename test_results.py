@@ -1,6 +1,5 @@
 """The committed runs: what repeats them, and every number that README and report say of them."""
 
-import csv
 import functools
 import itertools
 import math
@@ -20,11 +19,9 @@ from test_data import HERE
 from vit import MODELS
 
 RUNS = HERE / "runs"
-REFERENCE = sorted((RUNS / "reference").glob("*-seed0"))
 BOTH = dict(mnist="MNIST", fashionmnist="Fashion-MNIST")
 CONTROLS = ("controls", "reference")  # folders compared together
-PARTS = stats.GAUSSIAN_PARTS
-READMES = [HERE / "README.md", *sorted(RUNS.glob("**/*.md"))]
+PARTS, accuracy = stats.GAUSSIAN_PARTS, stats.test_accuracy
 
 
 @functools.cache
@@ -42,7 +39,7 @@ def lines_of(*places):
 
 def test_reference_settings():
     """A flag left out has the value of the reference runs, and args.txt of each repeats its settings."""
-    for folder in REFERENCE:
+    for folder in (RUNS / "reference").glob("*-seed0"):
         recorded, _ = records.read_config(folder)
         for argv in ([], [f"@{folder / 'args.txt'}"]):
             args = train.parse_flags(argv)
@@ -61,7 +58,6 @@ PLACES = [
     *((place, ["vit", "vitdiff"], 10, datasets, OLD) for place, datasets in [
         ("faults/activated", ["mnist"]), ("faults/ordered", ["mnist"]), ("trials/recipes", BOTH)]),
     ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], 10, ["mnist"], OLD)]
-OTHER_RECIPES = dict(mnist=dict(muon_lr=0.008), fashionmnist=dict(batch_size=128, muon_lr=0.005, lr=0.003))
 
 
 @pytest.mark.parametrize("place", dict.fromkeys(place for place, *_ in PLACES))
@@ -73,19 +69,17 @@ def test_runs(place):
     assert found == {key: facts for name, models, seeds, datasets, facts in PLACES if name == place
                      for key in itertools.product(datasets, models, range(seeds))}
     for (dataset, _, seed), run in runs_of(place).items():
-        changed = {"trials/recipes": OTHER_RECIPES.get(dataset), "brightness": dict(brightness=0.2)}.get(place, {})
+        changed = {("trials/recipes", "mnist"): dict(muon_lr=0.008), ("trials/recipes", "fashionmnist"): dict(
+            batch_size=128, muon_lr=0.005, lr=0.003)}.get((place, dataset), {})
+        changed |= dict(brightness=0.2) if place == "brightness" else {}
         assert stats.recipe_of(run) == stats.recipe_of(runs_of("reference")[dataset, "vit", seed]) | changed
         if run.settings["plugin"]:
             assert RUNS / place in records.find_run_plugin(run.folder, run.settings["plugin"]).parents
 
 
-def words(text):
-    return " ".join(text.split())
-
-
 def assert_says(readme, sentence, *values):
     """That a README has a sentence with these values in the places of its format fields, wherever lines break."""
-    assert words(sentence.format(*values)) in words((HERE / readme).read_text())
+    assert sentence.format(*values) in " ".join((HERE / readme).read_text().split())
 
 
 def assert_table(readme, rows):
@@ -93,10 +87,6 @@ def assert_table(readme, rows):
     text = "".join(f"| {' | '.join([re.sub(r'[a-z][a-z0-9]+', '`{}`'.format(chr(92) + 'g<0>'), name), *cells])} |\n"
                    for name, *cells in rows)
     assert text in (HERE / readme).read_text()
-
-
-def accuracy(run):
-    return 100 * run.summary["test_accuracy"]
 
 
 def error_under(corruption):
@@ -121,12 +111,10 @@ def side_by_side(found, *cells):
             for name in dict.fromkeys(itertools.chain(*found))]
 
 
-def pairs_compared(*places):
+def pairs_compared(place, _):
     """The pairs of models that the command in the README of the controls, or of the faults, compares."""
-    folders = " ".join(f"runs/{place}" for place in places)
-    (flags,) = re.findall(f"python plot.py {folders} (--compare.*)",
-                          (RUNS / places[0].split("/")[0] / "README.md").read_text())
-    return re.findall(r"--compare (\w+) (\w+)", flags)
+    text = (RUNS / place.split("/")[0] / "README.md").read_text()
+    return re.findall(r"--compare (\w+) (\w+)", re.search(f"python plot.py runs/{place} .*", text)[0])
 
 
 def by_dataset(comparisons, *parts):
@@ -177,7 +165,7 @@ def test_differences_in_the_report():
 
 def test_errors_in_the_report():
     """The report's tables of errors and of the response of the branches have the figures of the records."""
-    errors, response = {}, {}
+    errors, response, correlations = {}, {}, []
     figures = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "noise_cosine", "signal_cosine"]
     for lines in (lines_of(*CONTROLS)[dataset] for dataset in BOTH):
         for line in (line for line in lines if line.model != "vitsum"):
@@ -187,8 +175,13 @@ def test_errors_in_the_report():
             name = f"{part.split('_')[-1]}, {line.model}"
             found = [mean(line, lambda run: stats.response_of(run, f"{part}_3", 1, figure)) for figure in figures]
             response.setdefault(name, [name]).extend("" if math.isnan(value) else f"{value:.2f}" for value in found)
+        correlations += [statistics.correlation(*zip(*(
+            (mean(line, lambda run: math.log(stats.response_of(run, f"{part}_3", 1, "noise_to_signal"))),
+             mean(line, lambda run: 1 - run.noise[part][2])) for line in lines))) for part in PARTS]
     assert_table("runs/README.md", errors.values())
     assert_table("runs/README.md", response.values())
+    assert_says("runs/README.md", "by {:.2f} (shift) and {:.2f} (fluctuation) on MNIST and by {:.2f} and {:.2f} on "
+                "Fashion-MNIST", *correlations)
 
 
 def test_brightness_in_the_report():
@@ -231,16 +224,15 @@ def test_numbers_in_the_prose():
     text = "".join((RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))
     costs = [cost for model in ("vitdiff", "vit")
              for cost in re.findall(rf"\| {model}, mnist \| 1 \| \w+ \| ([\d.]+)", text)]
-    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there; one of `vit` {}, {}, "
-                "{}, {}.", *costs)
+    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there; one of `vit` {}, "
+                "{}, {}, {}.", *costs)
     (three,), (thirty,) = (runs_of(f"trials/{name}-epochs").values() for name in ("three", "thirty"))
     assert accuracy(three) > 95.75
     assert_says("runs/trials/README.md", "of `vit` on cluttered MNIST err in {:.2f}%", 100 - accuracy(thirty))
 
 
 def checks(name):
-    with open(RUNS / f"trials/checks/{name}.csv", newline="") as file:
-        return [{key: records.to_number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return list(records.parse_csv((RUNS / f"trials/checks/{name}.csv").read_text()))
 
 
 def test_checks():
@@ -264,17 +256,6 @@ def test_checks():
         assert_says("runs/README.md", sentence, ratios[0], ratios[-1])
 
 
-def test_noise_to_signal_and_errors():
-    """How noise to signal in the last block goes with the error, over models, is as the report says."""
-    def correlation(part, dataset):
-        return statistics.correlation(*zip(*(
-            (mean(line, lambda run: math.log(stats.response_of(run, f"{part}_3", 1, "noise_to_signal"))),
-             mean(line, lambda run: 1 - run.noise[part][2])) for line in lines_of(*CONTROLS)[dataset])))
-
-    assert_says("runs/README.md", "by {:.2f} and {:.2f} on MNIST and Fashion-MNIST under the shift, and by {:.2f} and "
-                "{:.2f} under the fluctuation", *(correlation(part, dataset) for part in PARTS for dataset in BOTH))
-
-
 def leads_of(dataset, place):
     """The lead of `vitdiff` over `vit` in ten seeds of a folder and of the reference, and its change: Comparisons."""
     here, there = ([accuracy(runs[dataset, "vitdiff", seed]) - accuracy(runs[dataset, "vit", seed])
@@ -282,47 +263,41 @@ def leads_of(dataset, place):
     return stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
 
 
-def test_recipes_that_lost():
-    """How `vitdiff` compares with `vit` by the recipe that lost is as the README of the trials says."""
-    for dataset, name in BOTH.items():
-        here, there, change = leads_of(dataset, "trials/recipes").values()
-        assert_says("runs/trials/README.md", "| {}, accuracy | {} | {:.2g} | {} | {} |", name, interval(here), here.p,
-                    interval(there), interval(change))
-
-
-@pytest.mark.parametrize("dataset, folders", [
-    ("mnist", ["default", "muon-0.008", "decay-0.7"]),
-    ("fashionmnist", ["default", "batch-256-muon-0.008", "batch-256-muon-0.01"])])
-def test_trials(dataset, folders):
+@pytest.mark.parametrize("dataset, others", [("mnist", ["muon-0.008", "decay-0.7"]), (
+    "fashionmnist", ["batch-256-muon-0.008", "batch-256-muon-0.01"])])
+def test_trials(dataset, others):
     """The table of trials is that of the records; a lead over the default is of pairs of a model and a seed."""
     rows = [row.strip("| ").split(" | ")[2:] for row in (RUNS / "trials/README.md").read_text().splitlines()
             if row.startswith(f"| {dataset} |")]
     losses = [[[runs_of(f"trials/{folder}")[dataset, model, seed].summary["val_loss"] for seed in range(5)]
-               for model in ("vit", "vitdiff")] for folder in folders]
+               for model in ("vit", "vitdiff")] for folder in ["default", *others]]
     for found, row in zip(losses, rows, strict=True):
         leads = [before - after for model in (0, 1) for before, after in zip(losses[0][model], found[model])]
         lead = f"{statistics.fmean(leads):.4f} ± {statistics.stdev(leads) / math.sqrt(10):.4f}"
         assert row == [*(f"{statistics.fmean(part):.4f}" for part in [*found, found[0] + found[1]]), lead][:len(row)]
 
 
-@pytest.mark.parametrize("fault", ["activated", "ordered"])
-def test_faults(fault):
-    """The effect of a fault that its README states is that of the records."""
-    here, _, found = leads_of("mnist", f"faults/{fault}").values()
-    assert found.p > 0.05 and found.mean + found.half < 0.24
-    assert_says("runs/faults/README.md", "The fault changes the lead of `vitdiff`, seed by seed, by {:+.2f} points "
-                "({}: no effect is shown, and one of 0.24 is excluded.", found.mean, interval(found).split("(")[1])
-    assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(here), here.p)
+def test_other_recipes_and_faults():
+    """How `vitdiff` compares with `vit` by the recipe that lost, and with faults put back, is as their READMEs say."""
+    for dataset, name in BOTH.items():
+        here, there, change = leads_of(dataset, "trials/recipes").values()
+        assert_says("runs/trials/README.md", "| {}, accuracy | {} | {:.2g} | {} | {} |", name, interval(here), here.p,
+                    interval(there), interval(change))
+    for fault in ("activated", "ordered"):
+        here, _, found = leads_of("mnist", f"faults/{fault}").values()
+        assert found.p > 0.05 and found.mean + found.half < 0.24
+        assert_says("runs/faults/README.md", "The fault changes the lead of `vitdiff`, seed by seed, by {:+.2f} points "
+                    "({}: no effect is shown, and one of 0.24 is excluded.", found.mean, interval(found).split("(")[1])
+        assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(here), here.p)
 
 
 @pytest.mark.parametrize("places", [("reference",), CONTROLS, ("faults/attention", "reference")])
 def test_committed_tables(places):
     """Every table that a README links to is what its command writes today."""
-    lines_of_all = lines_of(*places)
-    tables = {f"{dataset}-{name}.md": text for dataset, lines in lines_of_all.items()
+    tables = {f"{dataset}-{name}.md": text for dataset, lines in lines_of(*places).items()
               for name, text in stats.make_tables(dataset, lines).items()}
     if len(places) > 1:
-        tables["comparisons.md"] = stats.comparison_tables(lines_of_all, pairs_compared(*places))
+        tables["comparisons.md"] = stats.comparison_tables(lines_of(*places), pairs_compared(*places))
     for name, written in tables.items():
         path = RUNS / places[0] / name
         assert not path.exists() or path.read_text() == written, path
@@ -335,7 +310,7 @@ def test_links():
     if not tracked:
         pytest.skip("not a git checkout")
     linked = set()
-    for readme in READMES:
+    for readme in [HERE / "README.md", *RUNS.glob("**/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text()):
             if not target.startswith("http"):
                 path = (readme.parent / target).resolve()

@@ -478,23 +478,18 @@ def test_products_are_trained_once(tmp_path, capsys):
 
 BAD_FLAGS = [
     (["--model", "vitdif"], ["'vitdif'", "vitdiff?", "--plugin FILE"]),
-    (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]),
-    (["--dim", "33"], ["width 33", "2 heads"]),
+    (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]), (["--dim", "33"], ["width 33", "2 heads"]),
     (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),
     (["--dim", "999999999999"], ["--dim", "'999999999999'"]),
     (["--batch-size", "55001"], ["--batch-size", "55001", "55000", "mnist"]),
-    (["--dropout", "1"], ["--dropout", "'1'"]),
-    (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
+    (["--dropout", "1"], ["--dropout", "'1'"]), (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
     (["--device", "cuda:99"], ["--device cuda:99", "--device auto"]),
     (["--distractors", "4"], ["--distractors", "mnist", "clutteredmnist", "clutteredfashionmnist"]),
-    (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]),
-    (["--plugin", "README.md"], ["README.md"]),
-    (["@missing.txt"], ["missing.txt"]),
-    (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["@file"]),
+    (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]), (["--plugin", "README.md"], ["README.md"]),
+    (["@missing.txt"], ["missing.txt"]), (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["@file"]),
     (["--data-dir", "README.md"], ["--data-dir", "README.md"]),
     (["--data-dir", "locked"], ["--data-dir", "'locked'", "Permission denied"]),
-    (["--runs-dir", "x" * 300], ["--runs-dir", "too long"]),
-    (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
+    (["--runs-dir", "x" * 300], ["--runs-dir", "too long"]), (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
 ]
 
 

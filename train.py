@@ -119,9 +119,9 @@ def make_parser(prog="train.py", description=__doc__):
         help="precision of the forward pass; auto is bfloat16 on a CUDA card that computes in it, off elsewhere "
              "(default: %(default)s)")
     add("--compile", choices=["auto", "yes", "no"], default="auto",
-        help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on CUDA, and on a CPU with "
-             f"a C++ compiler for {stack.COMPILED_STEPS:,} training steps or more, those of seeds side by side added "
-             "up (default: %(default)s)")
+        help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on CUDA, and on a CPU "
+             f"with a C++ compiler for {stack.COMPILED_STEPS:,} training steps or more, those of seeds side by side "
+             "added up (default: %(default)s)")
     add("--stack", **size, help="how many seeds to train side by side, 1 for one after the other (default: all; on a "
         f"CPU 1 for images of more than {stack.STACKED_TOKENS} tokens)")
     return parser

@@ -3,10 +3,10 @@
     python runs/trials/checks/algebra.py        writes algebra.csv beside this file, in a few minutes
 
 By the weights of seed 0 of every model with two branches, but for `vitsumscaled`, which scales its first branch, too:
-on the test split, how many times as large the change is in the output of a head as in its first branch (a ratio of root mean
-squares), under the shift and under the fluctuation alone of Gaussian noise of severity 3; the same of the clean outputs
-around their mean over the images (signal); and 1 - lambda, the mean sum of a row of the map. Means over heads, and
-tokens that the next layer reads.
+on the test split, how many times as large the change is in the output of a head as in its first branch (a ratio of root
+mean squares), under the shift and under the fluctuation alone of Gaussian noise of severity 3; the same of the clean
+outputs around their mean over the images (signal); and 1 - lambda, the mean sum of a row of the map. Means over heads,
+and tokens that the next layer reads.
 """
 
 import sys

@@ -367,8 +367,7 @@ def test_other_images(shape):
 def test_state_dict_has_timms_names():
     """The keys of the state dict are timm's, in timm's order."""
     model = ViT(head_hidden_dim=0, patch_norm=False, depth=1, attention=DiffAttention)
-    assert list(model.state_dict()) == [
-        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+    assert list(model.state_dict()) == ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
         "blocks.0.norm1.weight", "blocks.0.norm1.bias",
         *(f"blocks.0.attn.lambda_{name}" for name in ("q1", "k1", "q2", "k2")), "blocks.0.attn.qkv.weight",
         "blocks.0.attn.sub_norm.weight", "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias",

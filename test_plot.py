@@ -41,8 +41,7 @@ def record(root, model="vit", seed=0, epochs=20, values=None, lambdas=(), accura
     folder.mkdir(parents=True)
     values = values or [0.5 + math.exp(-epoch) + 0.01 * seed for epoch in range(1, epochs + 1)]
     records.write_json(folder / "config.json", dict(settings=settings, facts=dict(device="cpu", compiled=False)))
-    records.write_metrics(folder, [
-        dict(epoch=epoch, val_loss=value, val_accuracy=1 - value / 10)
+    records.write_metrics(folder, [dict(epoch=epoch, val_loss=value, val_accuracy=1 - value / 10)
         | {f"lambda_{block}": lam for block, lam in enumerate(lambdas)} for epoch, value in enumerate(values, 1)])
     records.write_json(folder / "summary.json", dict(
         parameters=parameters, val_loss=values[-1], test_loss=values[-1] - 0.01, test_accuracy=accuracy))

@@ -49,8 +49,7 @@ def test_reference_settings():
 
 
 H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
-PLACES = [
-    ("reference", MODELS, 20, BOTH, H100),
+PLACES = [("reference", MODELS, 20, BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], 8, ["clutteredmnist"], OLD),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], 10, BOTH, H100),
     ("controls", ["vitsum"], 10, ["fashionmnist"], H100),

@@ -85,8 +85,7 @@ def command(*flags, main=train.main):
 def launch(*command, **environment):
     """A command as a process of its own, on one thread, as here."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
 
 
 def assert_one_line(capsys, *words):

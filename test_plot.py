@@ -287,20 +287,20 @@ def test_p_values():
 
 
 def test_comparison_with_vit(tmp_path):
-    """A model is compared with `vit` of the same seed and recipe, whatever its size, and p is corrected by Holm."""
+    """A model is compared with `vit` of the same seed and recipe, whatever its size and precision, with Holm's p."""
     for seed, (vit, diff) in enumerate([(0.980, 0.981), (0.970, 0.973), (0.960, 0.964)]):
         record(tmp_path, "vit", seed, accuracy=vit)
         record(tmp_path, "vitdiff", seed, accuracy=diff)
-        record(tmp_path, "vitwide", seed, accuracy=vit, dim=48)
+        record(tmp_path, "vitwide", seed, accuracy=vit, dim=48, amp="bfloat16")
         record(tmp_path, "vitshort", seed, epochs=3)  # there is no vit of 3 epochs
     record(tmp_path, "vitdiff", 3, accuracy=0.1)  # has no partner
     record(tmp_path, "vitbalanced", 0)  # nor has a single pair an interval
     rows = {label: cells for label, *cells in rows_of(tables(tmp_path)["paired-table"])[1:]}
-    assert set(rows) == {"vitdiff", "vitwide"}
+    assert set(rows) == {"vitdiff", "vitwide, amp bfloat16"}
     mean, half = 0.8 / 3, 4.3027 * statistics.stdev([0.1, 0.3, 0.4]) / math.sqrt(3)
     assert rows["vitdiff"][:5] == [
         f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", "3 of 3", "0.25", "0.0942", "0.5"]
-    assert rows["vitwide"][:5] == ["+0.00 (+0.00 to +0.00)", "0 of 3", "1", "1", "1"]
+    assert rows["vitwide, amp bfloat16"][:5] == ["+0.00 (+0.00 to +0.00)", "0 of 3", "1", "1", "1"]
     assert cells_of(tables(tmp_path)["table"])["vitdiff"]["p (Holm)"] == "0.5"
 
 

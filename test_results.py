@@ -139,8 +139,7 @@ def test_results_in_the_readme():
 def test_primary_comparisons():
     """The eight comparisons that were written down beforehand are those of the records."""
     runs = [run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH]
-    pairs = [(model, "vit") for model in ("vitdiff", "vitdiffv2")]
-    _, found = stats.compare_models(plot.arrange(runs), pairs)
+    _, found = stats.compare_models(plot.arrange(runs), [("vitdiff", "vit"), ("vitdiffv2", "vit")])
     assert len(found) == 8 and {comparison.count for comparison in found.values()} == {19}
     assert_table("runs/README.md", [[f"{name.split()[0]}, {part}", *cells] for part in ("shift", "fluctuation")
                                     for name, *cells in side_by_side(by_dataset(found, part), interval, p_holm)])
@@ -195,6 +194,9 @@ def test_brightness_in_the_report():
                                     for model in sorted({model for model, _ in rows})])
     assert_says("README.md", "`vit` errs in {:.1f}% and {:.1f}% under the shift", *(
         means["vit", dataset][5] for dataset in BOTH))
+    _, found = stats.compare_models(lines_of("brightness"), [("vitdiff", "vit")])
+    assert_says("runs/README.md", "with the augmentation `vitdiff` minus `vit` is {} points on MNIST and {} on Fashion", *(
+        interval(found[name, "vitdiff - vit", "fluctuation"]) for name in BOTH.values()))
 
 
 def test_attention_and_canvases_in_the_report():
@@ -244,9 +246,8 @@ def test_checks():
         cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
                  for model in ("vit", "vitdiff", "vitdiffv2")]
         assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
-    row = found["shift", "mnist", "vitdiff"]
-    assert_says("README.md", "errs in {:.1f}% of MNIST's images under the shift of severity 3 instead of {:.1f}%",
-                row["undone"], row["left"])
+    assert_says("README.md", "errs in {undone:.1f}% of MNIST's images under the shift of severity 3 instead of "
+                "{left:.1f}%".format(**found["shift", "mnist", "vitdiff"]))
     for block, models, sentence in [
             (0, ["vitsum"], "the shift is left at {:.1f} to {:.1f} times 1 - lambda"),
             (1, ["vitsum", "vitcentered"], "In the last block of the differential models {:.1f} to {:.0f} times")]:

@@ -473,7 +473,7 @@ def corrupted_batches(split, settings, names=None, severities=range(1, 6)):
 
 
 def cache_sized(images, *tensors):
-    """A batch to be evaluated, on a CPU cut into parts of 200,000 pixels: they fit its caches, without which canvases
+    """A batch to be evaluated, on a CPU cut into parts of 200,000 numbers: they fit its caches, without which canvases
     take twice the time, and to start the operations takes little of it."""
     count = max(1, 200_000 // images[0].numel()) if images.device.type == "cpu" else EVALUATION_BATCH
     return zip(*(tensor.split(count) for tensor in (images, *tensors)))

@@ -552,8 +552,8 @@ def draw_attention(title, lines, figures):
 
 def draw_relevance(dataset, lines):
     return draw_attention(
-        f"Attention to patches without any of the object on {in_print(dataset)}", lines, dict(irrelevant_share=(
-            "share of the class token's\nabsolute weight", True)))
+        f"Attention to patches without any of the object on {in_print(dataset)}", stats.keep_runs(
+            lines, stats.has_background), dict(irrelevant_share=("share of the class token's\nabsolute weight", True)))
 
 
 def draw_blocks(dataset, lines):
@@ -581,10 +581,14 @@ def draw_maps(dataset, lines):
     for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
         show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)
     for top, line in zip(itertools.count(1.3, 1.15), lines):
-        images, maps = line.runs[0].maps
+        run = line.runs[0]
+        images, maps = run.maps
         axes.text(-0.12, top + 0.5, line.label, ha="right", va="center", fontsize="small")
         for i, head in itertools.product(range(min(shown, len(images))), range(maps.shape[1])):
-            picture = show_map(axes, maps[i, head], images[i].max(0), i * pitch + 1.04 * head, top, limit)
+            x = i * pitch + 1.04 * head
+            if stats.has_background(run):
+                outline(axes, images[i].max(0), x, top)
+            picture = show_map(axes, maps[i, head], x, top, limit)
     axes.set(xlim=(-0.02, width - 0.32), ylim=(height - 0.13, -0.02))
     axes.axis("off")
     bar = axes.inset_axes([1 + 0.15 / width, 0.25, 0.2 / width, 0.5])
@@ -598,12 +602,17 @@ def show(axes, picture, x, y, **options):
     return axes.imshow(picture, extent=(x, x + 1, y + 1, y), aspect="auto", **options)
 
 
-def show_map(axes, weights, image, x, y, limit):
-    """A map with the outline of its image, and a dash on what is blue enough to be seen, for grey print."""
-    (height, width), side = image.shape, len(weights)
+def outline(axes, image, x, y):
+    """The outline of the object of an image, where `show` would show the image."""
+    height, width = image.shape
     if image.min() < 80 < image.max():
         axes.contour([x + (i + 0.5) / width for i in range(width)], [y + (i + 0.5) / height for i in range(height)],
                      image, levels=[80], colors="black", linewidths=0.6)
+
+
+def show_map(axes, weights, x, y, limit):
+    """A map, with a dash on what is blue enough to be seen, for grey print."""
+    side = len(weights)
     rows, columns = (weights < -0.05 * limit).nonzero()
     axes.scatter(x + (columns + 0.5) / side, y + (rows + 0.5) / side, (24 / side) ** 2, "black", marker="_",
                  linewidths=0.8)

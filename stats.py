@@ -298,6 +298,11 @@ def attention_of(run, condition, block, figure):
     return blocks.get(len(blocks) - 1 if block == -1 else block, {}).get(figure, math.nan)
 
 
+def has_background(run):
+    """Whether the class token can attend to patches without any of the object: of photographs hardly any is black."""
+    return any(blocks[0]["uniform_share"] > 0.01 for blocks in (run.attention or {}).values())
+
+
 def uniform_share(lines, condition):
     """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
     return next(run.attention[condition][0]["uniform_share"] for line in lines for run in line.runs
@@ -541,7 +546,7 @@ def attention_tables(dataset, lines):
 def make_tables(dataset, lines):
     """{name: Markdown} of a data set."""
     noise = keep_runs(lines, lambda run: run.noise)
-    attention = keep_runs(lines, lambda run: run.attention)
+    attention = keep_runs(lines, has_background)
     response = keep_runs(lines, lambda run: run.response)
     names, _ = shared_corruptions(noise)
     tables = {

@@ -48,14 +48,14 @@ def record(root, model="vit", seed=0, epochs=20, values=None, lambdas=(), accura
     return folder
 
 
-def analyse(folder, accuracies, share=0.2, negative=0.0, weight=0.1, blocks=2, amount=0.1,
+def analyse(folder, accuracies, share=0.2, negative=0.0, weight=0.1, blocks=2, amount=0.1, uniform=0.4,
             conditions=("clean", "gaussian_noise_3")):
     """Made-up analyses: accuracies {corruption: five}, figures of two heads in each block, and maps."""
     records.write_csv(folder / "noise.csv", [
         dict(corruption=name, severity=severity, amount=amount * severity, test_loss=1.0, test_accuracy=accuracy)
         for name, values in accuracies.items() for severity, accuracy in enumerate(values, 1)])
     records.write_csv(folder / "attention.csv", [
-        {"condition": condition, "block": block, "head": head, "uniform_share": 0.4, "ink_share": 0.6,
+        {"condition": condition, "block": block, "head": head, "uniform_share": uniform, "ink_share": 0.6,
          "irrelevant_share": share + 0.1 * block + 0.02 * head + 0.05 * i, "entropy": 2.0,
          "negative_share": negative, "lambda": 0.2 + 0.3 * block, "signal_to_noise": 2.0 + head}
         for i, condition in enumerate(conditions) for block in range(blocks) for head in range(2)])
@@ -498,6 +498,14 @@ def test_unlike_analyses(tmp_path):
     assert list(rows["vitdiff"].values())[2:] == ["21.0% (2.50)", "26.0% (2.50)", ""]
     analyse(record(tmp_path, "vitnew"), {"occlusion": [0.9] * 5})
     assert "noise" not in charts(tmp_path) and set(tables(tmp_path)) == {"table", "attention-table"}
+
+
+def test_photographs(tmp_path):
+    """Where hardly a patch is black, as in photographs, no outline is drawn and there is no relevance to show."""
+    analyse(record(tmp_path), {"blur": [0.9] * 5}, uniform=0.0004)
+    figures = charts(tmp_path)
+    assert "relevance" not in figures and "blocks" in figures and "attention-table" not in tables(tmp_path)
+    assert not any(isinstance(found, ContourSet) for found in figures["maps"].axes[0].collections)
 
 
 # Damage.

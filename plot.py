@@ -305,7 +305,8 @@ def draw_lambda(dataset, lines):
     blocks = {block for line in lines for run in line.runs for block in lambda_blocks(run)}
     return draw_curves(
         f"Lambda, the weight of the second branch, on {in_print(dataset)}",
-        ["mean over heads and tokens of the validation split"], "lambda", "{:.2f}".format, lines,
+        ["mean over heads and tokens of the validation split; the last block uses that of the class token alone"],
+        "lambda", "{:.2f}".format, lines,
         {f"lambda_{block}": f"block {block}" for block in sorted(blocks)}) if blocks else None
 
 
@@ -378,6 +379,14 @@ def mark_baseline(axes, lines, sample_of):
             axes.axvline(statistics.fmean(sample_of(line)), color="0.6", linestyle="--", linewidth=0.9, zorder=1)
 
 
+def brightness_note(before, lines):
+    """What brightness was added in training, after the words `before`; empty if none was."""
+    found = {line.settings.get("brightness") or 0 for line in lines}
+    if not any(found):
+        return ""
+    return f"{before} brightness " + ("where a name says so" if len(found) > 1 else str(found.pop()))
+
+
 def draw_shift(dataset, lines):
     """The mean error under Gaussian noise, under its shift alone and under its fluctuation alone, by rows."""
     lines = labelled(lines, lambda run: run.noise)
@@ -393,7 +402,7 @@ def draw_shift(dataset, lines):
     figure, row, places = new_rows(
         f"Test error under Gaussian noise on {in_print(dataset)}", [
             "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest",
-            f"mean over severities 1 to {severities}{dashed_note(lines)}"],
+            f"mean over severities 1 to {severities}{dashed_note(lines)}{brightness_note('; trained with', lines)}"],
         lines, lambda line: statistics.fmean(errors(line, "gaussian_noise")), panels, len(panels), 2.4)
     for axes, name in zip(row, panels.values()):
         for place, line in places.items():
@@ -424,11 +433,11 @@ def draw_severities(title, choose, dataset, lines):
     names = choose(names)
     if not names:
         return None
-    cluttered, brighter = (any(line.settings.get(name) for line in lines) for name in ("distractors", "brightness"))
+    cluttered = any(line.settings.get("distractors") for line in lines)
     met = "trained with distractors and no other corruption" if cluttered else "trained without corruption"
     figure, grid = new_figure(
         f"Test error by severity of {title} on {in_print(dataset)}", [
-            met + ", except for brightness where a name says so" * brighter, what_is_shown(lines)],
+            met + brightness_note(", except for", lines), what_is_shown(lines)],
         math.ceil(len(names) / 3), min(3, len(names)), (3.1, 2.2),
         legend=texts_of(lines), sharex=True, sharey=True)
     for i, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):

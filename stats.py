@@ -331,11 +331,12 @@ INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (St
 
 
 def mean_cell(values, number):
-    """The mean, and half its 95% interval where there are several values; empty if one is nan."""
+    """The mean, and half its 95% interval where there are several values; empty if one is nan. number: how a value is
+    written, with a sign or without."""
     mean, half = statistics.fmean(values), half_interval(values)
     if math.isnan(mean):
         return ""
-    return number(mean) + (f" ± {number(half)}" if half is not None else "")
+    return number(mean) + (f" ± {number(half).lstrip('+')}" if half is not None else "")
 
 
 def difference_cell(mean, half, digits=2):

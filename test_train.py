@@ -536,6 +536,18 @@ def test_what_cannot_be_read_again(tmp_path, capsys, monkeypatch, row, words):
             assert command(f"@{folder / 'args.txt'}", *TINY, "--runs-dir", folder.parent) == 0
 
 
+def test_a_row_of_sizes(tmp_path, monkeypatch):
+    """A row of MODELS decides its sizes where no flag does, and the lambda of block 1 is lambda_1."""
+    def attention(dim, num_heads, depth, **options):
+        return (Rated if depth else SelfAttention)(dim, num_heads, depth, **options)
+
+    monkeypatch.setitem(MODELS, "own", dict(attention=attention, patch_size=14, depth=2, dropout=0.2))
+    settings = settings_for(model="own")
+    assert [settings[name] for name in ("patch_size", "depth", "dropout", "dim")] == [14, 2, 0.2, 32]
+    assert command(*TINY, "--depth", "2", "--epochs", "1", "--model", "own", "--runs-dir", tmp_path) == 0
+    assert [name for name in records.read_run(tmp_path / "mnist-own-seed0").metrics if "lambda" in name] == ["lambda_1"]
+
+
 def test_help(tmp_path, capsys):
     """--help names every model, data set and flag; in an @FILE, too, ~ is the home folder."""
     (tmp_path / "flags").write_text("--runs-dir ~/runs\n")

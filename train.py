@@ -92,8 +92,8 @@ def make_parser(prog="train.py", description=__doc__):
     add("--clip", **rate, default=1.0, help="maximum gradient norm; 0 disables clipping (default: %(default)s)")
     add("--label-smoothing", **probability, default=0.1,
         help="in every loss, validation and test too (default: %(default)s)")
-    add("--dropout", **probability, default=0.0,
-        help="probability, on the embedded tokens, in the MLPs and on what a block adds (default: %(default)s)")
+    add("--dropout", **probability,
+        help="probability, on the embedded tokens, in the MLPs and on what a block adds (default: 0)")
 
     add = parser.add_argument_group("augmentation, drawn anew for each training image in each epoch").add_argument
     add("--rotation", **rate, help=f"maximum angle in degrees {by_dataset('rotation')}")
@@ -155,7 +155,7 @@ def check_flags(args):
 def resolve_settings(args, model, dataset, seed, device, plugin=None):
     """All that decides the outcome of a run: the settings of config.json, in their order."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(ViT).parameters.items()}
-    defaults |= MODELS[model] | data.DATASETS[dataset]["defaults"]
+    defaults |= dict(dropout=0.0) | data.DATASETS[dataset]["defaults"] | MODELS[model]
     if args.no_augment:
         defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False, brightness=0.0)
     settings = dict(model=model, dataset=dataset, seed=seed, plugin=plugin)
@@ -275,7 +275,8 @@ def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
         runs.metrics[i].append(dict(
             epoch=epoch, step=epoch * len(shares), lr=factor * settings["lr"], train_loss=losses[i].dot(shares).item(),
             train_accuracy=correct[i].item() / count, val_loss=val_loss, val_accuracy=val_accuracy, seconds=math.nan,
-            images_per_second=images_per_second, **{f"lambda_{block}": value for block, value in enumerate(lambdas)}))
+            images_per_second=images_per_second,
+            **{f"lambda_{block}": value for block, value in zip(models[i].differential_blocks(), lambdas)}))
     for rows in runs.metrics:  # all seeds of the stack share its time
         rows[-1]["seconds"] = (time.perf_counter() - start) / len(runs.seeds)
     state = stack.get_state(runs.net, runs.optimizer, runs.scaler)

@@ -202,9 +202,13 @@ class ViT(nn.Module):
         if all(offers_branches(block.attn) for block in self.blocks):
             return [attn.branches(x) for attn, x in self.attention_inputs(images)]
 
+    def differential_blocks(self):
+        """The numbers of the blocks whose attention has a mean_lambda."""
+        return [i for i, block in enumerate(self.blocks) if hasattr(block.attn, "mean_lambda")]
+
     def mean_lambdas(self, images):
         """The mean weight of the second branch, images (B, C, H, W) -> list of scalars, one a differential block."""
-        differential = [block.attn for block in self.blocks if hasattr(block.attn, "mean_lambda")]
+        differential = [self.blocks[i].attn for i in self.differential_blocks()]
         if not any(needs_tokens(attn.mean_lambda) for attn in differential):
             return [attn.mean_lambda() for attn in differential]
         return [attn.mean_lambda(x) for attn, x in self.attention_inputs(images) if hasattr(attn, "mean_lambda")]

@@ -386,7 +386,7 @@ def begin_runs(experiment, seeds, args, device, threads):
 
 
 def finish_runs(runs, settings, facts, splits, with_analysis):
-    """Test the best weights of the runs, analyse them if so wanted, and write summary.json of each."""
+    """Test the best weights of the runs, analyse them if so wanted, write summary.json of each, and delete last.pt."""
     left = [run for run in zip(runs.seeds, runs.folders, runs.metrics, runs.best)
             if not (run[1] / "summary.json").exists()]
     folders, split = [folder for _, folder, *_ in left], splits["test"]
@@ -405,6 +405,7 @@ def finish_runs(runs, settings, facts, splits, with_analysis):
             milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(rows) / rows[-1]["step"],
             images_per_second=statistics.median(row["images_per_second"] for row in rows)))
         print_result(folder)
+    (runs.folders[0] / "last.pt").unlink(missing_ok=True)
 
 
 def print_result(folder, width=0):

@@ -52,8 +52,9 @@ H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("
 PLACES = [("reference", MODELS, 20, BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], 8, ["clutteredmnist"], OLD),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], 10, BOTH, H100),
-    ("controls", ["vitsum"], 10, ["fashionmnist"], H100),
-    ("brightness", ["vit", "vitheads", "vitboth", "vitdiff", "vitdiffv2"], 5, BOTH, CPU),
+    ("controls", ["vitsum"], 10, ["fashionmnist"], H100), ("controls", ["vitsum"], 10, ["mnist"], CPU),
+    ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], 10, BOTH, CPU),
+    ("brightness", ["vit", "vitheads", "vitboth", "vitdiff", "vitdiffv2"], 10, BOTH, CPU),
     *((place, ["vit", "vitdiff"], 10, datasets, OLD) for place, datasets in [
         ("faults/activated", ["mnist"]), ("faults/ordered", ["mnist"]), ("trials/recipes", BOTH)]),
     ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], 10, ["mnist"], OLD)]
@@ -110,10 +111,11 @@ def side_by_side(found, *cells):
             for name in dict.fromkeys(itertools.chain(*found))]
 
 
-def pairs_compared(place, _):
-    """The pairs of models that the command in the README of the controls, or of the faults, compares."""
+def pairs_compared(place):
+    """{folder: pairs of models} of each command that compares models, in the README of the controls or of the faults."""
     text = (RUNS / place.split("/")[0] / "README.md").read_text()
-    return re.findall(r"--compare (\w+) (\w+)", re.search(f"python plot.py runs/{place} .*", text)[0])
+    return {(re.findall(r"--out (\S+)", command) or command.split())[0]: re.findall(r"--compare (\w+) (\w+)", command)
+            for command in re.findall(f"python plot.py (runs/{place} .*--compare.*)", text)}
 
 
 def by_dataset(comparisons, *parts):
@@ -150,7 +152,10 @@ def test_differences_in_the_report():
     """The report's tables of differences are those of the records."""
     assert_table("runs/README.md", side_by_side([
         stats.compare_lines(lines_of("reference")[dataset], accuracy, True) for dataset in BOTH], interval, p_holm))
-    accuracies, errors = stats.compare_models(lines_of(*CONTROLS), pairs_compared(*CONTROLS))
+    first, second = ([pair for pair in pairs if "vitsumscaled" not in pair]
+                     for pairs in pairs_compared("controls").values())
+    accuracies, _ = stats.compare_models(lines_of(*CONTROLS), first)
+    _, errors = stats.compare_models(lines_of(*CONTROLS), first + second)
     for found in (by_dataset(accuracies), by_dataset(errors, "shift", "fluctuation")):
         assert_table("runs/README.md", side_by_side(found, interval))
     unseen = plot.arrange([run for (_, _, seed), run in runs_of("reference").items() if seed > 4])
@@ -166,10 +171,10 @@ def test_errors_in_the_report():
     errors, response, correlations = {}, {}, []
     figures = ["noise_to_signal_1", "noise_to_signal_2", "noise_to_signal", "noise_cosine", "signal_cosine"]
     for lines in (lines_of(*CONTROLS)[dataset] for dataset in BOTH):
-        for line in (line for line in lines if line.model != "vitsum"):
+        for line in lines:
             errors.setdefault(line.model, [line.model]).extend(f"{mean(line, error_under(name)):.1f}%" for name in [
                 *PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"])
-        for part, line in itertools.product(PARTS, (line for line in lines if line.model in MODELS)):
+        for part, line in itertools.product(PARTS, (line for line in lines if line.model in set(MODELS) - {"vitbalanced"})):
             name = f"{part.split('_')[-1]}, {line.model}"
             found = [mean(line, lambda run: stats.response_of(run, f"{part}_3", 1, figure)) for figure in figures]
             response.setdefault(name, [name]).extend("" if math.isnan(value) else f"{value:.2f}" for value in found)
@@ -222,6 +227,12 @@ def test_numbers_in_the_prose():
     assert_says("README.md", "On Fashion-MNIST `vitdiff` is ahead by {:.2f} points of accuracy (95% interval {:.2f} to "
                 "{:.2f})", found.mean, found.mean - found.half, found.mean + found.half)
     assert_says("runs/README.md", "before correction: {:.4f} for ten", stats.sign_flip_p([1.0] * 10))
+    lines = {(dataset, line.model): line for dataset in BOTH for line in lines_of("controls")[dataset]}
+    weights = {model: [abs(mean(lines[dataset, model], lambda run: stats.attention_of(run, "clean", -1, "lambda")))
+                       for dataset in BOTH] for model in ("vitsum", "vitdiffabs", "vitsumscaled")}
+    assert_says("runs/README.md", "for the class token in the last block they weigh {:.2f} to {:.2f}. (That of "
+                "`vitsumscaled`, {:.2f} and {:.2f} there, is not.)", min(weights["vitsum"] + weights["vitdiffabs"]), max(
+                    weights["vitsum"] + weights["vitdiffabs"]), *weights["vitsumscaled"])
     text = "".join((RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))
     costs = [cost for model in ("vitdiff", "vit")
              for cost in re.findall(rf"\| {model}, mnist \| 1 \| \w+ \| ([\d.]+)", text)]
@@ -242,7 +253,7 @@ def test_checks():
     assert_says("runs/README.md", "by a further standard error of {:.2f} to {:.2f} points", min(errors), max(errors))
     found = {(row["part"], row["dataset"], row["model"]): row for row in checks("intervention")}
     for part, (exchange, name) in itertools.product(("shift", "fluctuation"), dict(
-            left="as they are", clean="those of the clean image", undone="the first branch alone changed").items()):
+            left="as they are", undone="the first branch alone changed").items()):
         cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
                  for model in ("vit", "vitdiff", "vitdiffv2")]
         assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
@@ -296,11 +307,10 @@ def test_committed_tables(places):
     """Every table that a README links to is what its command writes today."""
     tables = {f"{dataset}-{name}.md": text for dataset, lines in lines_of(*places).items()
               for name, text in stats.make_tables(dataset, lines).items()}
-    if len(places) > 1:
-        tables["comparisons.md"] = stats.comparison_tables(lines_of(*places), pairs_compared(*places))
-    for name, written in tables.items():
-        path = RUNS / places[0] / name
-        assert not path.exists() or path.read_text() == written, path
+    written = {RUNS / places[0] / name: text for name, text in tables.items()} | {
+        HERE / folder / "comparisons.md": stats.comparison_tables(lines_of(*places), pairs)
+        for folder, pairs in (pairs_compared(places[0]) if len(places) > 1 else {}).items()}
+    assert not [path for path, text in written.items() if path.exists() and path.read_text() != text]
 
 
 def test_links():

@@ -590,12 +590,12 @@ def draw_maps(dataset, lines):
     for i, image in enumerate(lines[0].runs[0].maps[0][:shown]):
         show(axes, image.transpose(1, 2, 0), i * pitch + 0.52 * (heads - 1), 0, cmap="gray_r", vmin=0, vmax=255)
     for top, line in zip(itertools.count(1.3, 1.15), lines):
-        run = line.runs[0]
-        images, maps = run.maps
+        images, maps = line.runs[0].maps
+        outlined = stats.has_background(line.runs[0])
         axes.text(-0.12, top + 0.5, line.label, ha="right", va="center", fontsize="small")
         for i, head in itertools.product(range(min(shown, len(images))), range(maps.shape[1])):
             x = i * pitch + 1.04 * head
-            if stats.has_background(run):
+            if outlined:
                 outline(axes, images[i].max(0), x, top)
             picture = show_map(axes, maps[i, head], x, top, limit)
     axes.set(xlim=(-0.02, width - 0.32), ylim=(height - 0.13, -0.02))

@@ -28,8 +28,8 @@ import muon
 import records
 from records import UserError
 
-# On a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one. Compiled, five seeds side by
-# side take 0.8 of the time at 17 tokens, as long at 37, and 1.1 at 50 (vit, one thread).
+# On a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one. Compiled, five seeds side
+# by side take 0.8 of the time at 17 tokens, as long at 37, and 1.1 at 50 (vit, one thread).
 STACKED_TOKENS = 40
 COMPILED_STEPS = 5_000  # on a CPU, stacks of fewer training steps, each seed's counted, take less time than compiling
 

@@ -208,10 +208,10 @@ class ViT(nn.Module):
 
     def mean_lambdas(self, images):
         """The mean weight of the second branch, images (B, C, H, W) -> list of scalars, one a differential block."""
-        differential = [self.blocks[i].attn for i in self.differential_blocks()]
-        if not any(needs_tokens(attn.mean_lambda) for attn in differential):
-            return [attn.mean_lambda() for attn in differential]
-        return [attn.mean_lambda(x) for attn, x in self.attention_inputs(images) if hasattr(attn, "mean_lambda")]
+        numbers = self.differential_blocks()
+        if not any(needs_tokens(self.blocks[i].attn.mean_lambda) for i in numbers):
+            return [self.blocks[i].attn.mean_lambda() for i in numbers]
+        return [attn.mean_lambda(x) for i, (attn, x) in enumerate(self.attention_inputs(images)) if i in numbers]
 
 
 def needs_tokens(mean_lambda):

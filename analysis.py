@@ -8,6 +8,7 @@ at the end of each run. The model is made from config.json, and from the plugin 
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -48,6 +49,11 @@ def empty_images(settings, *batch):
     """Images (*batch, C, H, W) of the run's data set, of no content."""
     dataset = data.DATASETS[settings["dataset"]]
     return torch.empty(*batch, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
+
+
+def count_tokens(settings):
+    """Tokens of an image, the class token among them."""
+    return (data.DATASETS[settings["dataset"]]["image_size"] // settings["patch_size"]) ** 2 + 1
 
 
 def check_maps(model, name):
@@ -109,10 +115,19 @@ def map_models(models, function):
     """The function of tensors that does what function(model, *tensors), which returns a list of tensors, does for each
     of S models of one architecture, without dropout: it returns a list of tensors (S, ...)."""
     calls = [Call(model, function).eval() for model in models]
+
+    def call_each(*tensors):
+        return [torch.stack(results) for results in zip(*(call(*tensors) for call in calls))]
+
+    def call_all(*tensors):
+        with contextlib.suppress(RuntimeError):
+            return torch.vmap(functional_call, in_dims=(None, 0, None))(calls[0], weights, tensors)
+        return call_each(*tensors)  # where there is no memory for all at once, or an attention cannot be mapped
+
     if not is_mapped(models):
-        return lambda *tensors: [torch.stack(results) for results in zip(*(call(*tensors) for call in calls))]
+        return call_each
     weights = stack_module_state(calls)
-    return lambda *tensors: torch.vmap(functional_call, in_dims=(None, 0, None))(calls[0], weights, tensors)
+    return call_all
 
 
 def total(batches):
@@ -137,11 +152,10 @@ def batch_evaluation(models, settings):
 
 
 @torch.no_grad()
-def evaluate(models, split, settings, *corrupted):
-    """Loss and accuracy of each model, means over all images of a split, in float32: a list of pairs; corrupted: as for
-    data.evaluation_batches."""
+def evaluate(models, split, settings):
+    """Loss and accuracy of each model, means over all images of a split, in float32: a list of pairs."""
     evaluate_models = batch_evaluation(models, settings)
-    sums = [evaluate_models(*batch) for batch in data.evaluation_batches(split, settings, *corrupted)]
+    sums = [evaluate_models(*batch) for batch in data.evaluation_batches(split, settings)]
     return (total(sums) / len(split.labels)).T.tolist()
 
 
@@ -170,7 +184,7 @@ def attention_conditions(settings):
 
 def attention_batches(split, settings, shown, corruption, severity):
     """A split in its own order, by the settings `shown` of attention_conditions: normalised images (B, C, H, W), and
-    which of their patches have any of the object, and anything at all, (B, P)."""
+    which of their patches have any of the object, and anything at all before the corruption, (B, P)."""
     for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
         relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
         corrupted = data.corrupt(pixels, corruption, severity, first, split, shown)
@@ -182,7 +196,8 @@ def attention_figures(row, relevant, ink):
     """What the class token attends to, of each image and head: {figure: (B, H)}.
 
     row: its signed weights (B, H, 1 + P), the first that of itself. relevant, ink: patches with any of the object, and
-    with anything at all, (B, P). Weight is absolute; shares of patches are of the weight on patches; entropy in nats.
+    with anything at all before a corruption, (B, P). Weight is absolute; shares of patches are of the weight on
+    patches; entropy in nats.
     """
     weight = F.normalize(row.abs(), p=1, dim=2)
     on_patches = F.normalize(weight[:, :, 1:], p=1, dim=2)
@@ -308,15 +323,18 @@ def measure_response(models, split, settings):
             for images, _ in data.evaluation_batches(split, settings)]
     means = [total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
     noises = [name for name in data.CORRUPTIONS if data.corruption_kind(name) in data.NOISES]
-    sums = {name: [] for name in ("clean", *noises)}
-    clean = data.evaluation_batches(split, settings)
+    totals, clean = {}, data.evaluation_batches(split, settings)
+
+    def add(name, changes):
+        sums = [[part.cpu().double() for part in sum_response(change)] for change in changes]
+        totals[name] = [[old + new for old, new in zip(*parts)] for parts in zip(totals[name], sums)
+                        ] if name in totals else sums
+
     for (name, _), images, _ in data.corrupted_batches(split, settings, noises, [3]):
         if name == noises[0]:  # of the next images
             before = outputs_of(next(clean)[0])
-            sums["clean"].append([sum_response(block - mean) for block, mean in zip(before, means)])
-        sums[name].append([sum_response(block - old) for block, old in zip(outputs_of(images), before)])
-    totals = {name: [[total(part) for part in zip(*block)] for block in zip(*batches)]
-              for name, batches in sums.items()}
+            add("clean", [block - mean for block, mean in zip(before, means)])
+        add(name, [block - old for block, old in zip(outputs_of(images), before)])
     tables = [[] for _ in models]
     for name in noises:
         for block, (change, signal) in enumerate(zip(totals[name], totals["clean"])):

@@ -25,11 +25,13 @@ import stack
 import train
 
 GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 6, 4, 2], batch_size=[32, 128, 512, 2048])
+MOST_TOKENS = 257  # of an image while another size grows
 ROUNDS, CALLS = 10, 16
 NOTES = dict(
     benchmark="A step is a whole training step: batch, augmentation, forward, backward, clipping, optimizer; times are "
               "medians of turns. MFLOPs are those of the forward and backward pass; peak is that of a product of large "
-              "square matrices in the same run, on CUDA in its precision; warm-up is the first step with compilation.",
+              "square matrices in the same run, on CUDA in its precision; warm-up is what comes before, with "
+              "compilation and capture.",
     growth="Times are medians of whole training steps of one seed, not compiled, in turns. The exponent is the slope "
            "of a line through the logarithms: 1 if the time grows as the size does. With dim, MLP and head grow alike.")
 
@@ -37,6 +39,9 @@ NOTES = dict(
 def make_step(settings, seeds, split, device, compiled):
     """A function of nothing that takes one whole training step of a stack, as train.py does: batch, augmentation,
     forward, backward, clipping, optimizer."""
+    if settings["batch_size"] > len(split.labels):
+        raise records.UserError(f"a batch of {settings['batch_size']} is more than the {len(split.labels)} training "
+                                f"images of {settings['dataset']}: give a smaller --batch-size")
     runs = train.make_runs(settings, seeds, "", device, compiled, required=True)
     epochs = (train.epoch_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if batch[1].shape[1] == settings["batch_size"])
@@ -93,7 +98,8 @@ def benchmark_steps(experiments, splits, device, with_compiled):
                                                  [False, True] if with_compiled else [False]):
             begin = time.perf_counter()
             steps.append(make_step(settings, list(seeds), splits[dataset]["train"], device, compiled))
-            measure_seconds(steps[-1], device)
+            for _ in range(4):  # at the fourth a step is captured
+                measure_seconds(steps[-1], device)
             evaluations.append(lambda model=model, split=splits[dataset]["val"], settings=settings:
                                analysis.evaluate([model], split, settings))
             rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
@@ -137,11 +143,12 @@ def benchmark_growth(experiments, splits, device):
             grown = settings | {size: value}
             if size == "dim":
                 grown |= dict(mlp_dim=4 * value, head_hidden_dim=4 * value)
+            split, tokens = splits[settings["dataset"]]["train"], analysis.count_tokens(grown)
             side = data.DATASETS[settings["dataset"]]["image_size"]
-            tokens = (side // grown["patch_size"]) ** 2 + 1
-            if side % grown["patch_size"] or tokens > 257:
+            if side % grown["patch_size"] or tokens > MOST_TOKENS or grown["batch_size"] > len(split.labels):
                 continue
-            step = make_step(grown, seeds[:1], splits[settings["dataset"]]["train"], device, compiled=False)
+            analysis.measure_model(grown)  # which says what does not fit together
+            step = make_step(grown, seeds[:1], split, device, compiled=False)
             step()
             row = dict(dataset=settings["dataset"], model=settings["model"],
                        size="tokens" if size == "patch_size" else size, value=tokens if size == "patch_size" else value)
@@ -149,6 +156,8 @@ def benchmark_growth(experiments, splits, device):
                 row["peak_megabytes"] = peak_memory(step, device) / 2**20
             rows.append(row)
             steps.append(step)
+    if not rows:
+        raise records.UserError(f"no image has {MOST_TOKENS} tokens or fewer: give a larger --patch-size")
     for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=4)):
         row["ms_per_step"] = 1e3 * statistics.median(times)
     return rows
@@ -163,14 +172,16 @@ def peak_memory(step, device):
 
 
 def growth_table(rows):
-    """A line for each size, data set and model; the exponent is the slope of a line through the logarithms."""
+    """A line for each size that was timed at two values or more, data set and model."""
     lines, header = [], ["what grows", "model, data set", "from, to"]
     figures = {name: heading for name, heading in [("ms_per_step", "ms a step"), ("peak_megabytes", "peak MB")]
                if name in rows[0]}
-    order = ["tokens" if size == "patch_size" else size for size in GROWTH]
+    order = list(dict.fromkeys(row["size"] for row in rows))
     key = lambda row: (order.index(row["size"]), row["dataset"], row["model"])
     for (size, dataset, model), group in itertools.groupby(sorted(rows, key=key), key=key):
         group = list(group)
+        if len(group) < 2:
+            continue
         line = [order[size], f"{model}, {dataset}", ", ".join(f"{row['value']}" for row in group)]
         for name in figures:
             exponent = statistics.linear_regression([math.log(row["value"]) for row in group],

@@ -61,7 +61,7 @@ def differential_attention(q, k, v, lam):
 
 def differential_branches(q, k, v, lam):
     """The two terms of differential_attention: [softmax(q1 k1' / sqrt(d)) v, -lam softmax(q2 k2' / sqrt(d)) v]."""
-    first, second = softmax_map(q, k).unflatten(1, (-1, 2)).unbind(2)  # (B, H, M, N) each
+    first, second = softmax_map(q, k).unflatten(-3, (-1, 2)).unbind(-3)  # (..., H, M, N) each
     return [first @ v, -lam * (second @ v)]
 
 

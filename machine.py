@@ -74,7 +74,7 @@ def resolve_amp(name, device):
     if name != "auto":
         return name
     if device.type != "cuda":
-        return "off"  # on a CPU half precision is slower than float32
+        return "off"  # few CPUs compute in half precision
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
 
 
@@ -99,16 +99,20 @@ def connect_ranks(device):
 
 
 def disconnect_ranks():
-    if world_size() > 1:
+    if connected():
         distributed.destroy_process_group()
 
 
+def connected():
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def rank():
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.get_rank() if connected() else 0
 
 
 def world_size():
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if connected() else 1
 
 
 def on_first_rank(function, *arguments):
@@ -188,7 +192,9 @@ def keep_freed_memory():
 
 
 def is_out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Of a CPU, of CUDA and of MPS, which have no type of error in common."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory"))
 
 
 @contextlib.contextmanager
@@ -199,8 +205,8 @@ def enough_memory():
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError("out of memory: choose a smaller --batch-size, --stack, --dim or --depth, or a larger "
-                        "--patch-size") from None
+        raise UserError("out of memory: choose a smaller --batch-size, --stack, --dim or --depth, a larger "
+                        "--patch-size, or --no-analysis, and --overwrite what other settings have begun") from None
 
 
 def outlive_terminal():

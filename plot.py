@@ -61,6 +61,8 @@ Line = namedtuple("Line", "label model folder settings runs front style", defaul
 
 # From folders to lines.
 
+ALIKE = {*records.RECIPE_SETTINGS, "patch_size", "depth", "dropout"}  # settings in which no two of MODELS differ
+
 def find_references(folders):
     """The folders called reference in these folders, without those that are themselves among them."""
     named = {folder.resolve() for folder in folders}
@@ -84,14 +86,14 @@ def group_runs(runs, front):
 
 def settings_apart(line, rivals, baselines):
     """The settings that set a line apart, as texts: those in which it differs from a rival, a line of the same model,
-    or in its recipe from every line of `vit`, with which models are compared."""
+    or from every line of `vit`, with which models are compared, though no model as such differs from another in it."""
     def differs(name, other):
         return str(other.settings.get(name)) != str(line.settings.get(name))
 
     names = dict.fromkeys(name for other in [line, *rivals] for name in other.settings if name != "seed")
     return [f"{name} {line.settings.get(name)}" for name in names
-            if any(differs(name, other) for other in rivals) or name in records.RECIPE_SETTINGS
-            and baselines and all(differs(name, other) for other in baselines)]
+            if any(differs(name, other) for other in rivals)
+            or name in ALIKE and baselines and all(differs(name, other) for other in baselines)]
 
 
 def label_lines(lines):
@@ -224,8 +226,9 @@ def draw_mean(axes, places, columns, line, **options):
 def draw_intervals(axes, places, samples, line, across=False):
     """At each place the mean of a sample, and its 95% interval where it is of several values; across: places are
     heights."""
-    halves = [stats.half_interval(values) for values in samples]
-    halves, means = None if None in halves else halves, list(map(statistics.fmean, samples))
+    halves = [math.nan if half is None else half for half in map(stats.half_interval, samples)]
+    halves = None if all(map(math.isnan, halves)) else halves
+    means = list(map(statistics.fmean, samples))
     axes.errorbar(*((means, places, None, halves) if across else (places, means, halves)), capsize=2.5,
                   label=line.label, **line.style | dict(linestyle="none"))
 
@@ -384,7 +387,7 @@ def brightness_note(before, lines):
     found = {line.settings.get("brightness") or 0 for line in lines}
     if not any(found):
         return ""
-    return f"{before} brightness " + ("where a name says so" if len(found) > 1 else str(found.pop()))
+    return f"{before} brightness {' or '.join(map(str, sorted(found)))}"
 
 
 def draw_shift(dataset, lines):
@@ -468,7 +471,7 @@ def draw_response(dataset, lines):
     """Noise to signal of the branches of the heads and of what they make together, by block, under each part of
     Gaussian noise."""
     lines = labelled(lines, lambda run: run.response)
-    conditions, blocks = stats.response_axes(lines)
+    conditions, blocks = stats.conditions_and_blocks(lines, "response")
     panels = {f"{name.split('_')[-1]} alone, block {block}": (condition, block) for name in stats.GAUSSIAN_PARTS
               for condition in conditions if condition.startswith(name) for block in blocks}
     if not panels:
@@ -531,7 +534,7 @@ def draw_attention(title, lines, figures):
     lines = labelled(lines, lambda run: run.attention)
     if not lines:
         return None
-    conditions, blocks = stats.attention_axes(lines)
+    conditions, blocks = stats.conditions_and_blocks(lines, "attention")
     texts = [stats.readable(condition).capitalize().replace(", ", "\n") for condition in conditions]
     figure, panels = new_figure(
         title, [f"mean of the heads over the test split; {what_is_shown(lines)}"], len(figures), len(blocks),
@@ -649,17 +652,17 @@ def house_style():
 
 
 def write_chart(out, file_format, dataset, lines, name):
-    """Write a chart, the same bytes at every call, and return its path; None where there is nothing to show."""
+    """Write a chart, the same bytes at every call, and return True; False where there is nothing to show."""
     options = dict(png=dict(pil_kwargs=dict(compress_level=1)), svg=dict(metadata={"Date": None}),
                    pdf=dict(metadata={"CreationDate": None}))
     path, content = out / f"{dataset}-{name}.{file_format}", io.BytesIO()
     with house_style():
         figure = CHARTS[name](dataset, lines)
         if figure is None:
-            return None
+            return False
         figure.savefig(content, format=file_format, **options[file_format])
     records.write_whole(path, content.getvalue())
-    return path
+    return True
 
 
 def write_charts(out, file_format, datasets):
@@ -669,9 +672,9 @@ def write_charts(out, file_format, datasets):
     write = functools.partial(write_chart, out, file_format)
     try:
         with ProcessPoolExecutor() as pool:
-            return len(list(filter(None, pool.map(write, *zip(*charts)))))
+            return sum(pool.map(write, *zip(*charts)))
     except (OSError, NotImplementedError, BrokenProcessPool):
-        return len(list(filter(None, map(write, *zip(*charts)))))
+        return sum(map(write, *zip(*charts)))
 
 
 def plot(args):
@@ -679,22 +682,27 @@ def plot(args):
     for folder in folders:
         if os.path.exists(folder / "config.json"):
             raise UserError(f"{folder} is a run: name the folder that it lies in, {folder.parent}")
-    own, skipped = records.find_runs(*dict.fromkeys(folders))
+    own, skipped = records.find_runs(*{folder.resolve(): folder for folder in folders}.values())
     reference, more_skipped = records.find_runs(*find_references(folders)) if args.reference else ([], [])
     for line in skipped + more_skipped:
         print(f"skipped {line}", file=sys.stderr)
-    if args.seed:
-        own, reference = ([run for run in runs if run.settings["seed"] in args.seed] for runs in (own, reference))
+    for name, wanted in [("seed", args.seed), ("dataset", args.dataset)]:
+        if wanted:
+            own, reference = ([run for run in runs if run.settings[name] in wanted] for runs in (own, reference))
     if not own and not reference:
-        raise UserError(f"there is no finished run {'of these seeds ' if args.seed else ''}in "
+        which = "of these seeds and data sets " if args.seed or args.dataset else ""
+        raise UserError(f"there is no finished run {which}in "
                         f"{', '.join(map(str, folders))}: train one with train.py first")
     datasets = arrange(own, reference)
     shown = [run for lines in datasets.values() for line in lines for run in line.runs]
     left_out = sum(run.noise is not None for run in own + reference) - sum(run.noise is not None for run in shown)
     if left_out:
         print(f"left out: what {left_out} runs did under noise of other amounts than the first run's", file=sys.stderr)
-    for model in itertools.chain(*args.compare):
-        records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
+    for pair in args.compare:
+        for model in pair:
+            records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
+        if not any(stats.paired_differences(lines, stats.test_accuracy, [pair]) for lines in datasets.values()):
+            print(f"not compared: {' and '.join(pair)}, which share no two seeds of one recipe", file=sys.stderr)
     records.make_folder(out, "name another folder with --out")
     tables = {out / f"{dataset}-{name}.md": table for dataset, lines in datasets.items()
               for name, table in stats.make_tables(dataset, lines).items()}
@@ -720,6 +728,7 @@ def parse_flags(argv):
                         help="compare two models seed by seed; given several times, p is corrected for all of them, "
                         "on all data sets")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw the runs of these seeds alone")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="draw the runs on these data sets alone")
     return parser.parse_args(argv)
 
 

@@ -52,7 +52,6 @@ RECIPE_SETTINGS = ["epochs", "batch_size", "optimizer", "lr", "muon_lr", "weight
 # All that decides the outcome of a run. Whatever else config.json holds is a fact, which sets no run apart.
 SETTINGS = ["model", "dataset", "seed", "plugin", *MODEL_SETTINGS, *RECIPE_SETTINGS]
 YOUNGER = dict(brightness=0.0)  # settings that early records do not have
-SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well
 ATTENTION_FIGURES = ["irrelevant_share", "uniform_share", "ink_share", "entropy", "negative_share", "lambda",
                      "signal_to_noise"]
@@ -117,7 +116,8 @@ def exit_status(prog, parse_flags, command, argv):
             print(f"{prog}: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"{prog}: interrupted: run the same command again to resume", file=sys.stderr)
+            how = ", without --overwrite, to resume" if prog == "train.py" else ""
+            print(f"{prog}: interrupted: run the same command again{how}", file=sys.stderr)
             return 130
         finally:
             sys.stdout.flush()
@@ -149,11 +149,11 @@ def real_number(what, is_right):
 
 def usable_path(text):
     """An argparse type: a Path, which need not exist, but which the system takes and the user may look into."""
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a ~ without a home folder
         raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be used ({getattr(error, 'strerror', error)}): name "
                                          "another path") from None
     return path
@@ -611,7 +611,8 @@ def look_into(folder):
         try:
             if is_run(child):
                 runs.append(read_run(child))
-            elif child.name not in names and not subfolders(child) and child.name != "plugins":
+            elif not (child.name in names or subfolders(child) or (child / "runs.csv").exists()
+                      or child.name == "plugins"):
                 skipped.append(f"{child}: not a run")
         except UserError as error:
             skipped.append(str(error))
@@ -790,9 +791,7 @@ def settle(folder):
     for hidden in folder.glob(".*.gathered"):
         name = hidden.name.removeprefix(".").removesuffix(".gathered")
         with writing(hidden):
-            if name in rows and hidden.is_symlink():
-                hidden.unlink()
-            elif name in rows:
+            if name in rows:
                 shutil.rmtree(hidden)
             else:
                 os.replace(hidden, folder / name)
@@ -912,13 +911,17 @@ def is_finished(folder, settings):
 
 
 def read_stack(folder):
-    """The seeds that an unfinished run is trained side by side with, its own among them."""
+    """The seeds that a run is trained side by side with, its own among them; none where there is nothing to resume, as
+    no epoch was finished."""
+    if not (folder / "config.json").exists():
+        return []
     settings, facts = read_config(folder)
     with reading(folder / "config.json"):
         stack = facts["stack"]
         check(type(stack) is list and all(type(seed) is int for seed in stack), "stack is not a list of seeds")
         check(settings["seed"] in stack, "the run is not in its own stack")
-        return stack
+    first = run_folder(folder.parent, settings | dict(seed=stack[0]))
+    return stack if (first / "last.pt").exists() else []
 
 
 def find_stacks(runs_dir, settings, seeds, size, overwrite):
@@ -937,10 +940,14 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
                                 "change: give another --runs-dir")
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
-            stack = read_stack(folder) if (folder / "config.json").exists() else []
+            stack = read_stack(folder)
             if not set(stack) <= set(seeds):
                 raise UserError(f"{folder} was interrupted in a stack of seeds: resume them together, with --seed "
                                 f"{' '.join(map(str, stack))}, or give --overwrite to start it afresh")
+            for member in (run_folder(runs_dir, settings | dict(seed=other)) for other in stack):
+                if read_stack(member) != stack:
+                    raise UserError(f"{folder} was interrupted beside {member}, which was started afresh since: give "
+                                    "--overwrite to start it afresh, too")
             interrupted += [stack] if stack and stack not in interrupted else []
             fresh += [] if stack else [seed]
     fresh = [seed for seed in fresh if not any(seed in stack for stack in interrupted)]
@@ -977,25 +984,38 @@ def say_once(line):
     print(line, file=sys.stderr)
 
 
+def lock(folder, wait):
+    """The open file of a folder's lock, which this process alone has."""
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): name another folder") from None
+        if not fcntl:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file  # and not one that another process has deleted meanwhile
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir"
+                            ) from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
+                return file
+            file.close()
+            raise UserError(f"{folder} cannot be locked ({error.strerror}): name another folder") from None
+        file.close()
+
+
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """Keep other processes off a folder while the block runs; wait for them, or raise a UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): name another folder") from None
-    with file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir"
-                                ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise UserError(f"{folder} cannot be locked ({error.strerror}): name another folder") from None
-                say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
+    with lock(folder, wait):
         for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

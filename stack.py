@@ -120,10 +120,16 @@ def get_state(net, optimizer, scaler):
 
 
 @torch.no_grad()
+def set_buffers(net, buffers):
+    for name, buffer in net.template.named_buffers():  # those that no state dict has, too
+        buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
 def set_state(net, optimizer, scaler, state):
     for leaf, saved in zip(net.parameters(), state["leaves"].values(), strict=True):
         leaf.copy_(saved)
-    net.template.load_state_dict(state["buffers"], strict=False)
+    set_buffers(net, state["buffers"])
     optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
     scaler.load_state_dict(state["scaler"])
 
@@ -138,7 +144,8 @@ def default_size(tokens, device):
 def find_obstacle(models, images, amp):
     """Why these models cannot be trained side by side, or None where they can.
 
-    They may be on meta, and so may images (S, B, C, H, W).
+    They may be on meta, and so may images (S, B, C, H, W). Plain tensors that a module has drawn for
+    itself are not found: those of the first seed serve all.
     """
     if amp == "float16":
         return "they would share the scale of their float16 gradients"
@@ -170,7 +177,7 @@ def accelerate(step, net, optimizer, images, amp, required):
     on a CPU `net` is compiled, on CUDA the step is captured. None, after a line that says why, where that cannot be.
 
     Raises:
-        UserError: if compiling fails and is `required`, or capturing does.
+        UserError: if compiling fails and is `required`; the function itself, if capturing the step does.
     """
     if images.device.type == "cuda":
         return capture(functools.partial(step, net), optimizer)
@@ -181,8 +188,8 @@ def accelerate(step, net, optimizer, images, amp, required):
 def compile_model(net, images, amp, required):
     """The net compiled for images of this shape, tried forward and backward; None where that fails."""
     machine.say("compiling, which takes up to two minutes on a slow machine the first time")
-    compiled, template = torch.compile(net, dynamic=False), net.template
-    buffers = {name: buffer.clone() for name, buffer in template.named_buffers()}
+    compiled = torch.compile(net, dynamic=False)
+    buffers = {name: buffer.clone() for name, buffer in net.template.named_buffers()}
     try:
         with torch.autocast(**machine.precision(amp, images.device)):
             logits = compiled(images)
@@ -194,7 +201,7 @@ def compile_model(net, images, amp, required):
         machine.say(f"{problem}; training goes on without")
         return None
     net.zero_grad()
-    template.load_state_dict(buffers, strict=False)  # which the trial may have changed
+    set_buffers(net, buffers)  # which the trial may have changed
     return compiled
 
 
@@ -240,6 +247,6 @@ def refusing_capture():
     except RuntimeError as error:
         cause = error.__context__ or error  # to end a capture that has failed is an error, too
         if machine.is_out_of_memory(cause):
-            raise
+            raise cause from None
         raise UserError(f"the training step cannot be captured ({records.first_line(cause)}): give --compile no"
                         ) from None

@@ -159,18 +159,26 @@ def recipe_of(run):
 def pair_with_baseline(line, lines, baseline=BASELINE):
     """Each run of a line with the baseline's run of the same recipe and seed, where there is one: [(run, baseline's)].
 
-    Of several it is one of the line's own folder, or else of the reference; then the one most alike in size.
+    All baselines are of one size, the most alike that makes two pairs; of several runs of a seed it is one of the
+    line's own folder, or else of the reference. The reference is not compared with one's own runs.
     """
-    def distance(other):
-        return other.folder != line.folder, other.front, sum(
-            other.settings.get(name) != line.settings.get(name) for name in ["plugin", "amp", *records.MODEL_SETTINGS])
+    def apart(other, names):
+        return sum(other.settings.get(name) != line.settings.get(name) for name in names)
 
-    baselines = sorted((other for other in lines if other.model == baseline), key=distance)
-    recipes, pairs = [(recipe_of(other), other) for found in baselines for other in found.runs], []
-    for run in line.runs:
-        recipe = recipe_of(run)
-        pairs += [(run, other) for found, other in recipes if found == recipe][:1]
-    return pairs
+    def distance(other):
+        return (apart(other, records.MODEL_SETTINGS), other.folder != line.folder, other.front,
+                apart(other, ["plugin", "amp"]))
+
+    baselines = [other for other in lines if other.model == baseline and (line.front or not other.front)]
+    by_size, own = {}, [(run, recipe_of(run)) for run in line.runs]
+    for other in sorted(baselines, key=distance):
+        size = tuple(other.settings.get(name) for name in records.MODEL_SETTINGS)
+        by_size.setdefault(size, []).extend((run, recipe_of(run)) for run in other.runs)
+    found = []
+    for others in by_size.values():
+        pairs = [(run, [other for other, of_other in others if of_other == recipe]) for run, recipe in own]
+        found.append([(run, nearest) for run, (nearest, *_) in filter(all, pairs)])
+    return max(found, key=lambda pairs: min(len(pairs), 2), default=[])
 
 
 def paired_differences(lines, figure_of, compared=()):
@@ -272,18 +280,11 @@ def noise_error(run, names, severities):
     return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
 
 
-def conditions_and_blocks(found):
-    """Those of the attention or the responses of several runs: two lists."""
+def conditions_and_blocks(lines, table):
+    """Those of the attention or the response, whichever `table` names, of several runs: two lists."""
+    found = [getattr(run, table) for line in lines for run in line.runs]
     return (list(dict.fromkeys(condition for conditions in found for condition in conditions)),
             sorted({block for conditions in found for blocks in conditions.values() for block in blocks}))
-
-
-def attention_axes(lines):
-    return conditions_and_blocks([run.attention for line in lines for run in line.runs])
-
-
-def response_axes(lines):
-    return conditions_and_blocks([run.response for line in lines for run in line.runs])
 
 
 def response_of(run, condition, block, figure):
@@ -304,9 +305,11 @@ def has_background(run):
 
 
 def uniform_share(lines, condition):
-    """What uniform attention would give to irrelevant patches, by any run that was shown the condition."""
-    return next(run.attention[condition][0]["uniform_share"] for line in lines for run in line.runs
-                if condition in run.attention)
+    """What uniform attention would give to irrelevant patches; nan where that is not the same in all runs, as their
+    patches are of different sizes."""
+    found = {round(run.attention[condition][0]["uniform_share"], 4) for line in lines for run in line.runs
+             if condition in run.attention}
+    return found.pop() if len(found) == 1 else math.nan
 
 
 def trained_irrelevant_share(run):
@@ -365,9 +368,9 @@ def comparison_note(comparisons, baseline):
     """What the columns of a comparison with a baseline say."""
     counts = sorted({found.count for found in comparisons.values()})
     least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
-    return (f"{difference_note(baseline)}, and in how many seeds the model is better. p is that of the exact two-sided "
-            "sign-flip test over seeds, without and with Holm's correction for the number of rows compared, "
-            f"{len(comparisons)}. With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the "
+    return (f"{difference_note(baseline)}, and in how many seeds the model is better. p: the exact two-sided "
+            f"sign-flip test over seeds; p (Holm): corrected for the number of rows compared, {len(comparisons)}. "
+            f"With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the "
             "correction.")
 
 
@@ -508,9 +511,9 @@ def severity_tables(dataset, lines, names):
 
 def response_tables(dataset, lines):
     """How the branches of the heads respond to each noise: a table a block, with a row a model and condition."""
-    conditions, blocks = response_axes(lines)
-    numbers = [("{:+.2f}" if name.endswith("cosine") else "{:.1%}" if "share" in name else "{:.3f}").format
-               for name in records.RESPONSE_FIGURES]
+    conditions, blocks = conditions_and_blocks(lines, "response")
+    numbers = [("{:+.2f}".format if name.endswith("cosine") else "{:.1%}".format if "share" in name else
+                lambda value: f"{value:.3f}" if value >= 0.1 else f"{value:#.2g}") for name in records.RESPONSE_FIGURES]
     tables = []
     for block in blocks:
         rows = [[line.label, readable(condition), *(mean_cell(
@@ -526,7 +529,7 @@ def response_tables(dataset, lines):
 def attention_tables(dataset, lines):
     """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
     irrelevant weight per patch, and the paired difference of the share."""
-    conditions, _ = attention_axes(lines)
+    conditions, _ = conditions_and_blocks(lines, "attention")
     rows = []
     for line in lines:
         rows.append([line.label, str(len(line.runs))])
@@ -535,7 +538,8 @@ def attention_tables(dataset, lines):
                               for name in ("irrelevant_share", "signal_to_noise"))
             text = f"{mean_cell(shares, '{:.1%}'.format)} ({statistics.fmean(ratios):.2f})"
             rows[-1].append("" if math.isnan(sum(shares)) else text)
-    uniform = [f"{uniform_share(lines, condition):.1%} (1.00)" for condition in conditions]
+    uniform = [f"{share:.1%} (1.00)" if share == share else ""
+               for share in (uniform_share(lines, condition) for condition in conditions)]
     return make_table(
         f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
         ["model", "seeds", *map(readable, conditions)], [*rows, ["uniform attention", "", *uniform]],

@@ -139,12 +139,20 @@ def test_response(monkeypatch, name):
                 assert found == pytest.approx([float(value) for values in expected for value in values], rel=1e-3)
 
 
-@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("mapped, fails", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
-def test_a_stack_is_analysed_as_single_models(monkeypatch, name, mapped):
-    """The figures of models analysed together, mapped or one after the other, are those of each alone; what is drawn
-    is drawn once for all of them."""
-    draws = []
+def test_a_stack_is_analysed_as_single_models(monkeypatch, name, mapped, fails):
+    """The figures of models analysed together, mapped or one after the other, as where mapping fails, are those of each
+    alone; what is drawn is drawn once for all of them."""
+    draws, maps = [], []
+
+    def vmap(*arguments, vmap=torch.vmap, **options):
+        maps.append(arguments)
+        if fails:
+            raise RuntimeError("out of memory")
+        return vmap(*arguments, **options)
+
+    monkeypatch.setattr(torch, "vmap", vmap)
     monkeypatch.setattr(data, "draw_corruption", lambda *arguments, draw=data.draw_corruption: draws.append(
         arguments) or draw(*arguments))
     split, (settings, models) = cut(mnist()["test"], 130), models_of(name, 2)
@@ -158,7 +166,7 @@ def test_a_stack_is_analysed_as_single_models(monkeypatch, name, mapped):
     singles, counts = zip(*(measure([model]) for model in models))
     monkeypatch.setattr(analysis, "is_mapped", lambda models: mapped)
     together, count = measure(models)
-    assert set(counts) == {count}
+    assert set(counts) == {count} and bool(maps) == mapped
     for single, several in zip(zip(*singles), together, strict=True):
         leaves, expected = (torch.utils._pytree.tree_leaves(found) for found in (several, [one for one, in single]))
         assert len(leaves) == len(expected)

@@ -98,28 +98,36 @@ def test_timing(monkeypatch):
 
 
 def test_growth(tmp_path, monkeypatch, capsys):
-    """Exponents are slopes of logarithms: by a clock by which a step takes the square of its batch."""
-    monkeypatch.setattr(benchmark, "GROWTH", dict(batch_size=[50, 100, 200], patch_size=[14, 7, 5]))
+    """Exponents are slopes of logarithms: by a clock by which a step takes the square of its batch. What does not fit
+    the images is left out, and of one value alone there is no slope."""
+    monkeypatch.setattr(benchmark, "GROWTH", dict(batch_size=[50, 100, 200, 10**5], patch_size=[14, 7, 5], depth=[1]))
     monkeypatch.setattr(benchmark, "time_in_turn", lambda functions, device, rounds, calls: [
-        [1e-4 * 50**2], [1e-4 * 100**2], [1e-4 * 200**2], [1.0], [10.0]])
+        [1e-4 * 50**2], [1e-4 * 100**2], [1e-4 * 200**2], [1.0], [10.0], [1.0]])
     assert run_benchmark("--growth", "--model", "vit", "--runs-dir", tmp_path) == 0
     rows = table(tmp_path / "growth.csv")
     assert [(row["size"], row["value"]) for row in rows] == [
-        ("batch_size", "50"), ("batch_size", "100"), ("batch_size", "200"), ("tokens", "5"), ("tokens", "17")]
+        ("batch_size", "50"), ("batch_size", "100"), ("batch_size", "200"), ("tokens", "5"), ("tokens", "17"),
+        ("depth", "1")]
     out = capsys.readouterr().out
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:] if line[:1] == "|"]
+    assert len(lines) == 2
     assert lines[0] == ["batch_size", "vit, mnist", "50, 100, 200", "250.0, 1000.0, 4000.0", "2.00"]
     assert lines[1][3:] == ["1000.0, 10000.0", f"{math.log(10) / math.log(17 / 5):.2f}"]
     assert out == (tmp_path / "growth.md").read_text()
+    monkeypatch.setattr(benchmark, "MOST_TOKENS", 1)
+    assert run_benchmark("--growth", "--model", "vit", "--runs-dir", tmp_path) == 2
+    assert_one_line(capsys, "no image has 1 tokens or fewer", "--patch-size")
 
 
 def test_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     """The benchmark takes one process, and answers wrong flags as train.py does."""
-    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), ([], ["torchrun"])]:
+    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), ([], ["torchrun"]),
+                         (["--growth", "--dim", "12", "--num-heads", "3"], ["width 32", "3 heads"]),
+                         (["--batch-size", "5000"], ["a batch of 5000", "2001 training images of mnist"])]:
         monkeypatch.setattr(machine, "started_by_torchrun", lambda: not flags)
         assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
         assert_one_line(capsys, "benchmark.py: error: ", *words)
-    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 @needs_cuda

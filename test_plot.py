@@ -160,13 +160,15 @@ def test_seeds_alone_share_a_line(tmp_path):
     record(tmp_path, "vitbalanced", dim=48)  # its own width goes without saying
     record(tmp_path, "vitdiff", 10, lr=0.1)  # no vit has this rate
     record(tmp_path, "vitdiff", 2, lr=0.1)
+    record(tmp_path, "vitcosine", patch_size=4)  # nor these patches, which change no number of parameters
     lines = lines_in(tmp_path)["mnist"]
     assert {label: [run.settings["seed"] for run in line.runs] for label, line in lines.items()} == {
-        "vit": [0, 1], "vitbalanced": [0], "vitdiff, lr 0.1": [2, 10]}
+        "vit": [0, 1], "vitbalanced": [0], "vitcosine, patch_size 4": [0], "vitdiff, lr 0.1": [2, 10]}
     record(tmp_path, "vit", 0, epochs=3, folder="short")
     record(tmp_path, "vitdiff", 0, lr=0.1, dim=48, folder="wide")
     assert list(lines_in(tmp_path)["mnist"]) == [
-        "vit, epochs 20", "vit, epochs 3", "vitbalanced", "vitdiff, dim 32, lr 0.1", "vitdiff, dim 48, lr 0.1"]
+        "vit, epochs 20", "vit, epochs 3", "vitbalanced", "vitcosine, patch_size 4",
+        "vitdiff, dim 32, lr 0.1", "vitdiff, dim 48, lr 0.1"]
 
 
 @pytest.mark.parametrize("models, rates", [(60, 1), (6, 10)])
@@ -305,16 +307,20 @@ def test_comparison_with_vit(tmp_path):
 
 
 def test_nearest_baseline(tmp_path):
-    """`vit` of one's own folder serves before the reference's, seed by seed, and of two that of one's own size."""
-    for root, model, dims, seeds in [("reference", "vit", [32], 3), ("", "vitcosine", [32, 48], 3),
-                                     ("", "vit", [32, 48], 2)]:
+    """`vit` of one's own folder serves before the reference's, seed by seed, but never one of another size beside it;
+    the size most alike that makes two pairs serves. The reference is compared with itself."""
+    for root, model, dims, seeds in [("reference", "vit", [32], 3), ("reference", "vitwide", [64], 2),
+                                     ("", "vitcosine", [32, 48, 64], 3), ("", "vit", [32, 48], 2),
+                                     ("", "vit", [64], 1)]:
         for dim, seed in itertools.product(dims, range(seeds)):
             record(tmp_path / root, model, seed, dim=dim, folder=f"{model}-{dim}-{seed}")
     lines = lines_in(tmp_path)["mnist"]
-    for dim in (32, 48):
-        pairs = stats.pair_with_baseline(lines[f"vitcosine, dim {dim}"], list(lines.values()))
-        assert [str(other.folder.relative_to(tmp_path)) for _, other in pairs] == [
-            f"vit-{dim}-0", f"vit-{dim}-1", "reference/vit-32-2"]
+    shared = ["vit-32-0", "vit-32-1", "reference/vit-32-2"]
+    for name, expected in [("vitcosine, dim 32", shared), ("vitcosine, dim 48", ["vit-48-0", "vit-48-1"]),
+                           ("vitcosine, dim 64", shared),
+                           ("vitwide", ["reference/vit-32-0", "reference/vit-32-1"])]:
+        pairs = stats.pair_with_baseline(lines[name], list(lines.values()))
+        assert [str(other.folder.relative_to(tmp_path)) for _, other in pairs] == expected
 
 
 # Analyses.
@@ -434,15 +440,22 @@ def test_charts_of_the_parts(tmp_path):
         f"{mean} ± 0.064" for mean in ("1.655", "1.555", "1.155")), *[""] * 5]
 
 
-def test_flags(tmp_path, monkeypatch):
-    """--seed shows the runs of the seeds named alone, of the reference too, and --no-reference none of these."""
+def test_flags(tmp_path, monkeypatch, capsys):
+    """--seed and --dataset show the runs named alone, of the reference too, and --no-reference none of these. A pair
+    that cannot be compared is said."""
     monkeypatch.setattr(plot, "CHARTS", {})
+    record(tmp_path, dataset="kmnist")
+    assert plot.main([str(tmp_path), "--dataset", "kmnist", "mnist"]) == 0
+    assert [path.name for path in tmp_path.glob("*.md")] == ["kmnist-table.md"]
     for seed in range(2):
         record(tmp_path, "vitdiff", seed)
         record(tmp_path / "reference", "vit", seed)
     for flags, rows in [(["--seed", "1"], [["vitdiff", "1"], ["vit", "1"]]), (["--no-reference"], [["vitdiff", "2"]])]:
         assert plot.main([str(tmp_path), *flags]) == 0
         assert [row[:3:2] for row in rows_of((tmp_path / "mnist-table.md").read_text())[1:]] == rows
+    record(tmp_path, "vitdiffv2")
+    assert plot.main([str(tmp_path), "--compare", "vitdiff", "vit", "--compare", "vitdiffv2", "vit"]) == 0
+    assert capsys.readouterr().err == "not compared: vitdiffv2 and vit, which share no two seeds of one recipe\n"
 
 
 def test_compare(tmp_path, monkeypatch):
@@ -512,7 +525,8 @@ def test_photographs(tmp_path):
 
 def figures_of(run):
     """All that is drawn or written of a run."""
-    return (run.settings, run.metrics, {name: run.summary.get(name) for name in records.SUMMARY_FIGURES}, run.noise,
+    drawn = ("parameters", "val_loss", "test_loss", "test_accuracy")
+    return (run.settings, run.metrics, {name: run.summary.get(name) for name in drawn}, run.noise,
             run.amounts, run.attention, run.response, [array.tolist() for array in run.maps or []])
 
 
@@ -648,7 +662,7 @@ def test_no_further_process(tmp_path, monkeypatch, capsys):
     (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"), (["x" * 300], "too long"),
     (["runs", "runs/mnist-vit-seed0"], "is a run"), (["runs", "--out", "file"], "file"),
     (["runs", "--out", "table"], "mnist-table.md"), (["runs", "--compare", "vti", "vit"], "did you mean vit?"),
-    (["runs", "--seed", "4"], "no finished run of these seeds"),
+    (["runs", "--seed", "4"], "no finished run of these seeds"), (["runs", "--dataset", "cifar10"], "data sets"),
     (["runs", "--out", "chart"], "mnist-val-loss.png"), (["twice"], "twice/first and twice/second")])
 def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):
     """What the user can put right is said in one line, and the exit status is 2."""

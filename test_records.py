@@ -244,6 +244,23 @@ def test_gathered_runs_are_not_trained_again(tmp_path):
         records.read_config(tmp_path / "mnist-vit-seed0")
 
 
+def test_interrupted_stacks(tmp_path):
+    """A stack is resumed as it was, unless it finished no epoch; never where one of its runs was started afresh."""
+    settings = records.read_config(write_run(tmp_path / "finished"))[0]
+    folders = [records.run_folder(tmp_path, settings | dict(seed=seed)) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        records.write_config(folder, settings | dict(seed=seed), dict(stack=[0, 1]), None)
+    assert records.find_stacks(tmp_path, settings, [0, 1], 1, False) == [[0], [1]]
+    (folders[0] / "last.pt").touch()
+    assert records.find_stacks(tmp_path, settings, [0, 1], 1, False) == [[0, 1]]
+    with pytest.raises(records.UserError, match="with --seed 0 1, or give --overwrite"):
+        records.find_stacks(tmp_path, settings, [1], 1, False)
+    records.write_config(folders[1], settings | dict(seed=1), dict(stack=[1]), None)
+    with pytest.raises(records.UserError, match="seed0 was interrupted beside .*seed1, which was started afresh"):
+        records.find_stacks(tmp_path, settings, [0, 1], 1, False)
+
+
 def test_plugin_is_kept_once(tmp_path):
     """Runs of one plugin share its copy, unless it lies beside them; it is found by its content, not by its name."""
     source, setting = tmp_path / "mine.py", None
@@ -328,6 +345,23 @@ def test_file_systems_without_locks(number, tmp_path, monkeypatch, capsys):
             pass
     assert capsys.readouterr().err.count("without locks") == 1
     records.say_once.cache_clear()
+
+
+def test_a_deleted_lock_is_none(tmp_path, monkeypatch):
+    """A lock whose file another process deletes before it is taken is taken anew."""
+    if records.fcntl is None:
+        pytest.skip("this system has no locks at all")
+    taken = []
+
+    def flock(file, how, flock=records.fcntl.flock):
+        flock(file, how)
+        taken.append(file)
+        if len(taken) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    with records.locked(tmp_path):
+        assert len(taken) == 2 and taken[0].closed and (tmp_path / ".lock").exists()
 
 
 def test_a_held_lock_refuses(tmp_path):

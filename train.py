@@ -88,7 +88,8 @@ def make_parser(prog="train.py", description=__doc__):
     add("--weight-decay", **rate, help=f"decoupled; not on norms, biases, tokens, lambda {by_dataset('weight_decay')}")
     add("--warmup", **share, default=0.05, help="share of the steps in which the rates rise (default: %(default)s)")
     add("--decay", **share, default=1.0,
-        help="share of the steps in which they fall to 0 at the end (default: %(default)s)")
+        help="share of the steps in which they fall to 0 at the end; where both make more than 1 the peak is not quite "
+             "reached (default: %(default)s)")
     add("--clip", **rate, default=1.0, help="maximum gradient norm; 0 disables clipping (default: %(default)s)")
     add("--label-smoothing", **probability, default=0.1,
         help="in every loss, validation and test too (default: %(default)s)")
@@ -206,7 +207,8 @@ Runs = namedtuple("Runs", "seeds folders metrics best net optimizer scaler step 
 
 
 def lr_factor(step, steps, warmup, decay):
-    """The share of the peak rate at a step counted from 0: up over warmup * steps, flat, down over decay * steps."""
+    """The share of the peak rate at a step counted from 0: up over warmup * steps, flat, down over decay * steps. Where
+    these two overlap it is the lower of both."""
     rise = (step + 1) / max(1, warmup * steps)
     fall = (steps - step) / max(1, decay * steps)
     return min(1.0, rise, fall)
@@ -260,15 +262,16 @@ def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
     images_per_second = len(runs.seeds) * count / (time.perf_counter() - start)
     shares = torch.tensor([len(batch) / count for batch in torch.arange(count).split(settings["batch_size"])],
                           dtype=torch.double)
-    models = [analysis.make_model(settings).to(splits["val"].labels.device) for _ in runs.seeds]
+    models = [analysis.make_model(settings | dict(seed=seed)).to(splits["val"].labels.device) for seed in runs.seeds]
     for i, (folder, model) in enumerate(zip(runs.folders, models)):
         check_finite(folder, "loss", losses[i].tolist(), f"epoch {epoch}, step {{}} of {len(shares)}")
         model.load_state_dict(runs.net.model_state(i))
-    figures = zip(analysis.evaluate(models, splits["val"], settings),
-                  analysis.measure_lambdas(models, splits["val"], settings))
-    for i, (folder, ((val_loss, val_accuracy), lambdas)) in enumerate(zip(runs.folders, figures)):
+    figures = list(zip(analysis.evaluate(models, splits["val"], settings),
+                       analysis.measure_lambdas(models, splits["val"], settings)))
+    for folder, ((val_loss, _), lambdas) in zip(runs.folders, figures):
         for what, values in [("loss", [val_loss]), ("mean lambda", lambdas)]:
             check_finite(folder, what, values, f"epoch {epoch}, validation")
+    for i, (folder, ((val_loss, val_accuracy), lambdas)) in enumerate(zip(runs.folders, figures)):
         if val_loss < runs.best[i]["val_loss"]:
             runs.best[i] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
             records.write_checkpoint(folder / "best.pt", models[i].state_dict())
@@ -329,8 +332,7 @@ def plan_experiments(args, device, plugin):
 
 def choose_stack_size(settings, wanted, count, device):
     """How many of `count` seeds are trained side by side at most; a line says why where they cannot be."""
-    tokens = (data.DATASETS[settings["dataset"]]["image_size"] // settings["patch_size"]) ** 2 + 1
-    size = wanted or stack.default_size(tokens, device)
+    size = wanted or stack.default_size(analysis.count_tokens(settings), device)
     if min(size, count) > 1:
         with torch.device("meta"):
             models, images = [analysis.make_model(settings) for _ in range(2)], analysis.empty_images(settings, 2, 1)
@@ -390,7 +392,7 @@ def finish_runs(runs, settings, facts, splits, with_analysis):
     left = [run for run in zip(runs.seeds, runs.folders, runs.metrics, runs.best)
             if not (run[1] / "summary.json").exists()]
     folders, split = [folder for _, folder, *_ in left], splits["test"]
-    models = [analysis.load_model(folder, settings, split.labels.device) for folder in folders]
+    models = [analysis.load_model(folder, settings | dict(seed=seed), split.labels.device) for seed, folder, *_ in left]
     tests, start = analysis.evaluate(models, split, settings), time.perf_counter()
     if with_analysis:
         analysis.analyse(folders, models, split, settings)

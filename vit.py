@@ -198,9 +198,8 @@ class ViT(nn.Module):
 
     def attention_branches(self, images):
         """The terms that the heads add up, before any norm: images (B, C, H, W) -> for each block a list of
-        (B, H, N, e), such as [A1 v, -lambda A2 v]; or None where an attention does not offer them."""
-        if all(offers_branches(block.attn) for block in self.blocks):
-            return [attn.branches(x) for attn, x in self.attention_inputs(images)]
+        (B, H, N, e), such as [A1 v, -lambda A2 v]. Every attention must have branches(x)."""
+        return [attn.branches(x) for attn, x in self.attention_inputs(images)]
 
     def differential_blocks(self):
         """The numbers of the blocks whose attention has a mean_lambda."""

@@ -48,8 +48,8 @@ DATASETS = {
     "cifar10": dict(
         source="CIFAR10", num_classes=10, image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
-        defaults=dict(epochs=30, batch_size=128, lr=3e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=4, distractors=0,
-                      rotation=0.0, scale=0.0, shear=0.0, shift=4.0, flip=True, brightness=0.0)),
+        defaults=dict(epochs=30, batch_size=64, lr=6e-3, muon_lr=1e-2, weight_decay=0.1, patch_size=4, distractors=0,
+                      rotation=0.0, scale=0.0, shear=0.0, shift=2.0, flip=True, brightness=0.0)),
 }
 DATASETS |= {f"cluttered{name}": DATASETS[name] | dict(
     image_size=60, object_size=28, mean=[mean], std=[std], defaults=DATASETS[name]["defaults"] | CLUTTER)

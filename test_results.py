@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import operator
 import re
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ def test_reference_settings():
 H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
 PLACES = [("reference", MODELS, 20, BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], 8, ["clutteredmnist"], OLD),
+    ("reference", ["vit", "vitdiff"], 3, ["cifar10"], ("3b3c9cc", "x86_64")),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], 10, BOTH, H100),
     ("controls", ["vitsum"], 10, ["fashionmnist"], H100), ("controls", ["vitsum"], 10, ["mnist"], CPU),
     ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], 10, BOTH, CPU),
@@ -191,6 +193,27 @@ def test_errors_in_the_report():
                 "Fashion-MNIST", *correlations)
 
 
+def test_natural_images_in_the_report():
+    """What the report says of CIFAR-10 is of the records: figures of each model, and their differences."""
+    lines = lines_of("reference")["cifar10"]
+    names = ["gaussian_noise", *PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"]
+    assert_table("runs/README.md", [[
+        line.model, f"{line.runs[0].summary['parameters']:,}", f"{mean(line, 'test_loss'):.4f}",
+        f"{mean(line, 'test_accuracy'):.2%}", *(f"{mean(line, error_under(name)):.1f}%" for name in names)]
+        for line in lines])
+    found = [stats.compare_lines(lines, figure_of, False)["vitdiff"]
+             for figure_of in (accuracy, *(error_under(name) for name in names))]
+    assert_says("runs/README.md", "| `vitdiff` - `vit` | " + " | ".join(map(interval, found)) + " |")
+    vitdiff = {line.model: line for line in lines}["vitdiff"]
+    last = [mean(vitdiff, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
+            for figure in ("noise_to_signal", "noise_to_signal_1", "noise_cosine", "signal_cosine")]
+    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, and the changes of "
+                "both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
+    for line, (block, figure) in itertools.product(lines, itertools.product(
+            (0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal"))):
+        assert not mean(line, lambda run: stats.response_of(run, "gaussian_noise_shift_3", block, figure)) >= 0.001
+
+
 def test_brightness_in_the_report():
     """What README and report say of training with brighter images are means over the seeds without and with it."""
     figures, rows = [lambda run: 100 - accuracy(run), *map(error_under, ["gaussian_noise", *PARTS])], {}
@@ -281,23 +304,52 @@ def leads_of(dataset, place):
     return stats.compare(dict(here=here, there=there, change=[a - b for a, b in zip(here, there)]), True)
 
 
-@pytest.mark.parametrize("dataset, others, chosen", [("mnist", ["muon-0.008", "decay-0.7"], 0), (
-    "fashionmnist", ["batch-256-muon-0.008", "batch-256-muon-0.01"], 1)])
-def test_trials(dataset, others, chosen):
-    """The table of trials is that of the records; a lead over the default is of pairs of a model and a seed. By the
-    rule above it a recipe other than the default is chosen where its lead is more than a standard error."""
+def leads_over_the_default(dataset, folders, seeds):
+    """How much lower the validation losses in folders are than those in the first, paired by model and seed: of each
+    its mean and standard error. The table of trials says so, beside the losses."""
     rows = [row.strip("| ").split(" | ")[2:] for row in (RUNS / "trials/README.md").read_text().splitlines()
             if row.startswith(f"| {dataset} |")]
-    losses = [[[runs_of(f"trials/{folder}")[dataset, model, seed].summary["val_loss"] for seed in range(5)]
-               for model in ("vit", "vitdiff")] for folder in ["default", *others]]
+    losses = [[[runs_of(folder)[dataset, model, seed].summary["val_loss"] for seed in range(seeds)]
+               for model in ("vit", "vitdiff")] for folder in folders]
     leads = []
     for found, row in zip(losses, rows, strict=True):
         pairs = [before - after for model in (0, 1) for before, after in zip(losses[0][model], found[model])]
-        leads.append((statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(10)))
+        leads.append((statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))))
         assert row[:3] == [f"{statistics.fmean(part):.4f}" for part in [*found, found[0] + found[1]]]
         assert row[3:] == ([] if found is losses[0] else ["{:.4f} ± {:.4f}".format(*leads[-1])])
+    return leads
+
+
+@pytest.mark.parametrize("dataset, others, chosen", [("mnist", ["muon-0.008", "decay-0.7"], 0), (
+    "fashionmnist", ["batch-256-muon-0.008", "batch-256-muon-0.01"], 1)])
+def test_trials(dataset, others, chosen):
+    """By the rule a recipe other than the default is chosen where its lead is more than a standard error."""
+    leads = leads_over_the_default(dataset, [f"trials/{folder}" for folder in ["default", *others]], 5)
     lowest = max(range(3), key=lambda i: leads[i][0])
     assert chosen == (lowest if leads[lowest][0] > leads[lowest][1] else 0)
+
+
+def test_trials_on_cifar10():
+    """Each change is made by itself; those that lead by more than a standard error are made together, and what leads by
+    most is the recipe of the reference."""
+    changes = {"rates": dict(lr=0.006, muon_lr=0.01), "shift-2": dict(shift=2.0),
+               "weight-decay-0.03": dict(weight_decay=0.03), "batch-64": dict(batch_size=64)}
+    folders = [f"trials/cifar10/{name}" for name in ("default", *changes)] + ["reference"]
+    leads = leads_over_the_default("cifar10", folders, 3)
+    better = [change for change, (lead, error) in zip(changes.values(), leads[1:]) if lead > error]
+    changes = [{}, *changes.values(), functools.reduce(operator.or_, better)]
+    for folder, change in zip(folders, changes):
+        for key, run in runs_of(folders[0]).items():
+            assert runs_of(folder)[key].settings == run.settings | change
+    assert max(leads) == leads[-1] and len(better) > 1
+    losses = [{key: run.summary["val_loss"] for key, run in runs_of(folder).items()} for folder in folders]
+    apart = [[found["cifar10", "vitdiff", seed] - found["cifar10", "vit", seed] for seed in range(3)]
+             for found in losses]
+    *cells, change = (stats.difference_cell(statistics.fmean(values), stats.half_interval(values), 4)
+                      for values in [*apart, [after - before for before, after in zip(apart[0], apart[-1])]])
+    text = (RUNS / "trials/README.md").read_text().split("| change | `vitdiff` minus `vit` (95% interval) |")[1]
+    assert re.findall(r"^\| .* \| ([^|]*) \|$", text, re.MULTILINE)[:len(cells)] == cells
+    assert_says("runs/trials/README.md", "minus that of `vit` changes by {}, an interval over three seeds", change)
 
 
 def test_other_recipes_and_faults():
@@ -338,6 +390,6 @@ def test_links():
                 path = (readme.parent / target).resolve()
                 assert path.exists(), f"{readme}: {target}"
                 linked.add(path)
-    assert {HERE / name for name in tracked if re.search(r"mnist-[a-z-]+\.(png|md)$", name)} <= linked
+    assert {HERE / name for name in tracked if re.search(r"(mnist|cifar10)-[a-z-]+\.(png|md)$", name)} <= linked
     assert len(tracked) < 450 and {Path(name).parts[1] for name in tracked if name.startswith("runs/")} <= {
         "README.md", "reference", "controls", "brightness", "faults", "trials"}

@@ -262,7 +262,7 @@ def test_plugin_as_a_user_has_it(tmp_path, own_rows, monkeypatch, capsys):
     assert train.main(training) == 0
     assert capsys.readouterr().err == ""  # no bar where output is no terminal
     found = records.read_run(run)
-    assert found.summary["test_accuracy"] > 0.7 and found.settings["epochs"] == 6 and found.settings["shift"] == 4.0
+    assert found.summary["test_accuracy"] > 0.7 and found.settings["epochs"] == 6 and found.settings["shift"] == 2.0
     assert found.maps[0].shape == (3, 3, 32, 32) and data.training_size("mine") == 108
     assert found.attention["clean"][0]["entropy"] == pytest.approx(math.log(5)) and found.response is None
     before = {path: path.read_bytes() for path in run.iterdir()}

@@ -345,6 +345,7 @@ def test_trials_on_cifar10():
     losses = [{key: run.summary["val_loss"] for key, run in runs_of(folder).items()} for folder in folders]
     apart = [[found["cifar10", "vitdiff", seed] - found["cifar10", "vit", seed] for seed in range(3)]
              for found in losses]
+    assert max(apart[0]) < 0 < min(apart[-1])
     *cells, change = (stats.difference_cell(statistics.fmean(values), stats.half_interval(values), 4)
                       for values in [*apart, [after - before for before, after in zip(apart[0], apart[-1])]])
     text = (RUNS / "trials/README.md").read_text().split("| change | `vitdiff` minus `vit` (95% interval) |")[1]

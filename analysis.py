@@ -326,9 +326,9 @@ def measure_response(models, split, settings):
     totals, clean = {}, data.evaluation_batches(split, settings)
 
     def add(name, changes):
-        sums = [[part.cpu().double() for part in sum_response(change)] for change in changes]
-        totals[name] = [[old + new for old, new in zip(*parts)] for parts in zip(totals[name], sums)
-                        ] if name in totals else sums
+        for block, change in enumerate(changes):
+            before = totals.get((name, block), itertools.repeat(0))
+            totals[name, block] = [old + new.cpu().double() for old, new in zip(before, sum_response(change))]
 
     for (name, _), images, _ in data.corrupted_batches(split, settings, noises, [3]):
         if name == noises[0]:  # of the next images
@@ -337,8 +337,8 @@ def measure_response(models, split, settings):
         add(name, [block - old for block, old in zip(outputs_of(images), before)])
     tables = [[] for _ in models]
     for name in noises:
-        for block, (change, signal) in enumerate(zip(totals[name], totals["clean"])):
-            for table, figures in zip(tables, response_figures(change, signal, count)):
+        for block in range(len(means)):
+            for table, figures in zip(tables, response_figures(totals[name, block], totals["clean", block], count)):
                 table.extend(response_rows(f"{name}_3", block, figures))
     return tables
 

@@ -172,7 +172,8 @@ def peak_memory(step, device):
 
 
 def growth_table(rows):
-    """A line for each size that was timed at two values or more, data set and model."""
+    """A line for each size that was timed at two values or more, data set and model; the exponent is the slope of a
+    line through the logarithms."""
     lines, header = [], ["what grows", "model, data set", "from, to"]
     figures = {name: heading for name, heading in [("ms_per_step", "ms a step"), ("peak_megabytes", "peak MB")]
                if name in rows[0]}

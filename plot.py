@@ -63,6 +63,7 @@ Line = namedtuple("Line", "label model folder settings runs front style", defaul
 
 ALIKE = {*records.RECIPE_SETTINGS, "patch_size", "depth", "dropout"}  # settings in which no two of MODELS differ
 
+
 def find_references(folders):
     """The folders called reference in these folders, without those that are themselves among them."""
     named = {folder.resolve() for folder in folders}

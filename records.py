@@ -106,7 +106,7 @@ class Output:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
-def exit_status(prog, parse_flags, command, argv):
+def exit_status(prog, parse_flags, command, argv, again="run the same command again"):
     """Run `command(parse_flags(argv))`: 0, or 2 after one line for a UserError, or 130 after Ctrl-C. What is printed
     there goes through Output."""
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
@@ -116,8 +116,7 @@ def exit_status(prog, parse_flags, command, argv):
             print(f"{prog}: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            how = ", without --overwrite, to resume" if prog == "train.py" else ""
-            print(f"{prog}: interrupted: run the same command again{how}", file=sys.stderr)
+            print(f"{prog}: interrupted: {again}", file=sys.stderr)
             return 130
         finally:
             sys.stdout.flush()
@@ -944,12 +943,14 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
             if not set(stack) <= set(seeds):
                 raise UserError(f"{folder} was interrupted in a stack of seeds: resume them together, with --seed "
                                 f"{' '.join(map(str, stack))}, or give --overwrite to start it afresh")
-            for member in (run_folder(runs_dir, settings | dict(seed=other)) for other in stack):
-                if read_stack(member) != stack:
-                    raise UserError(f"{folder} was interrupted beside {member}, which was started afresh since: give "
-                                    "--overwrite to start it afresh, too")
-            interrupted += [stack] if stack and stack not in interrupted else []
-            fresh += [] if stack else [seed]
+            if not stack:
+                fresh.append(seed)
+            elif stack not in interrupted:
+                for member in (run_folder(runs_dir, settings | dict(seed=other)) for other in stack):
+                    if read_stack(member) != stack:
+                        raise UserError(f"{folder} was interrupted beside {member}, which was started afresh since: "
+                                        "give --overwrite to start it afresh, too")
+                interrupted.append(stack)
     fresh = [seed for seed in fresh if not any(seed in stack for stack in interrupted)]
     return interrupted + [fresh[i:i + size] for i in range(0, len(fresh), size)]
 
@@ -984,45 +985,43 @@ def say_once(line):
     print(line, file=sys.stderr)
 
 
-def lock(folder, wait):
-    """The open file of a folder's lock, which this process alone has."""
-    path = folder / ".lock"
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): name another folder") from None
-        if not fcntl:
-            return file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file  # and not one that another process has deleted meanwhile
-        except BlockingIOError:
-            file.close()
-            raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir"
-                            ) from None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
-                return file
-            file.close()
+def take_lock(file, folder, wait):
+    """Lock the open file of a folder for this process alone, where the file system has locks. False where another
+    process has deleted it before, so that the lock keeps nobody off."""
+    if not fcntl:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return os.fstat(file.fileno()).st_nlink > 0
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
             raise UserError(f"{folder} cannot be locked ({error.strerror}): name another folder") from None
-        file.close()
+        say_once(f"{folder} is on a file system without locks: start no second command on the same runs")
+        return True
 
 
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """Keep other processes off a folder while the block runs; wait for them, or raise a UserError."""
-    with lock(folder, wait):
-        for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+    while True:
         try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): name another folder") from None
+        with file:
+            if not take_lock(file, folder, wait):
+                continue
+            for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                (folder / ".lock").unlink(missing_ok=True)
+            return
 
 
 # Plugins.

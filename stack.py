@@ -144,8 +144,8 @@ def default_size(tokens, device):
 def find_obstacle(models, images, amp):
     """Why these models cannot be trained side by side, or None where they can.
 
-    They may be on meta, and so may images (S, B, C, H, W). Plain tensors that a module has drawn for
-    itself are not found: those of the first seed serve all.
+    They may be on meta, and so may images (S, B, C, H, W). Plain tensors that a module has drawn for itself are not
+    found: those of the first seed serve all.
     """
     if amp == "float16":
         return "they would share the scale of their float16 gradients"

@@ -370,8 +370,7 @@ def comparison_note(comparisons, baseline):
     least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
     return (f"{difference_note(baseline)}, and in how many seeds the model is better. p: the exact two-sided "
             f"sign-flip test over seeds; p (Holm): corrected for the number of rows compared, {len(comparisons)}. "
-            f"With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the "
-            "correction.")
+            f"With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the correction.")
 
 
 def make_table(heading, columns, rows, *notes):
@@ -538,7 +537,7 @@ def attention_tables(dataset, lines):
                               for name in ("irrelevant_share", "signal_to_noise"))
             text = f"{mean_cell(shares, '{:.1%}'.format)} ({statistics.fmean(ratios):.2f})"
             rows[-1].append("" if math.isnan(sum(shares)) else text)
-    uniform = [f"{share:.1%} (1.00)" if share == share else ""
+    uniform = ["" if math.isnan(share) else f"{share:.1%} (1.00)"
                for share in (uniform_share(lines, condition) for condition in conditions)]
     return make_table(
         f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",

@@ -121,13 +121,17 @@ def test_growth(tmp_path, monkeypatch, capsys):
 
 def test_benchmark_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     """The benchmark takes one process, and answers wrong flags as train.py does."""
-    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), ([], ["torchrun"]),
-                         (["--growth", "--dim", "12", "--num-heads", "3"], ["width 32", "3 heads"]),
-                         (["--batch-size", "5000"], ["a batch of 5000", "2001 training images of mnist"])]:
+    for flags, words in [(["--model", "vitdif"], ["vitdiff?"]), (["--growth", "3"], ["3"]), ([], ["torchrun"])]:
         monkeypatch.setattr(machine, "started_by_torchrun", lambda: not flags)
         assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
         assert_one_line(capsys, "benchmark.py: error: ", *words)
-    assert not list((tmp_path / "runs").glob("*"))
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(machine, "started_by_torchrun", lambda: False)
+    for flags, words in [(["--growth", "--dim", "12", "--num-heads", "3"], ["width 32", "3 heads"]),
+                         (["--batch-size", "5000"], ["a batch of 5000", "2001 training images of mnist"])]:
+        assert run_benchmark("--runs-dir", tmp_path / "runs", *flags) == 2
+        assert_one_line(capsys, "benchmark.py: error: ", *words)
+        assert not list((tmp_path / "runs").iterdir())
 
 
 @needs_cuda

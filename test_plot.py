@@ -28,6 +28,7 @@ import stats
 
 HERE = Path(__file__).parent
 PLAIN = dict(model="vit", dataset="mnist", seed=0, plugin=None, dim=32, depth=2, epochs=20, lr=0.006, distractors=0)
+SUMMARY_FIGURES = ["parameters", "epochs", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
 
 
@@ -525,8 +526,7 @@ def test_photographs(tmp_path):
 
 def figures_of(run):
     """All that is drawn or written of a run."""
-    drawn = ("parameters", "val_loss", "test_loss", "test_accuracy")
-    return (run.settings, run.metrics, {name: run.summary.get(name) for name in drawn}, run.noise,
+    return (run.settings, run.metrics, {name: run.summary.get(name) for name in SUMMARY_FIGURES}, run.noise,
             run.amounts, run.attention, run.response, [array.tolist() for array in run.maps or []])
 
 

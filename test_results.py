@@ -207,10 +207,10 @@ def test_natural_images_in_the_report():
     vitdiff = {line.model: line for line in lines}["vitdiff"]
     last = [mean(vitdiff, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
             for figure in ("noise_to_signal", "noise_to_signal_1", "noise_cosine", "signal_cosine")]
-    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, and the changes of "
-                "both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
-    for line, (block, figure) in itertools.product(lines, itertools.product(
-            (0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal"))):
+    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, and the changes "
+                "of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
+    for line, block, figure in itertools.product(
+            lines, (0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
         assert not mean(line, lambda run: stats.response_of(run, "gaussian_noise_shift_3", block, figure)) >= 0.001
 
 

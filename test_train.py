@@ -29,6 +29,7 @@ import train
 from data import DATASETS, Split
 from muon import Muon
 from test_data import CPU, HERE, META, OnOneDevice, cut, meta_split, mnist, original
+from test_plot import SUMMARY_FIGURES
 from vit import MODELS, SelfAttention
 
 TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
@@ -126,7 +127,7 @@ def assert_same_run(folder, expected):
     """The same record but for times, and the same best weights."""
     assert untimed(folder) == untimed(expected)
     summaries = [read_json(run / "summary.json") for run in (folder, expected)]
-    for name in ("seed", "parameters", "best_epoch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+    for name in ("seed", *SUMMARY_FIGURES):
         assert summaries[0][name] == summaries[1][name]
     best = [torch.load(run / "best.pt", weights_only=True) for run in (folder, expected)]
     assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[1])

@@ -460,7 +460,8 @@ def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     machine.keep_freed_memory()
     machine.outlive_terminal()
-    return records.exit_status("train.py", parse_flags, train_runs, argv)
+    return records.exit_status("train.py", parse_flags, train_runs, argv,
+                               again="run the same command again, without --overwrite, to resume")
 
 
 if __name__ == "__main__":

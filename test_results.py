@@ -21,6 +21,7 @@ from vit import MODELS
 
 RUNS = HERE / "runs"
 BOTH = dict(mnist="MNIST", fashionmnist="Fashion-MNIST")
+ALL = [*BOTH, "cifar10"]
 CONTROLS = ("controls", "reference")  # folders compared together
 PARTS, accuracy = stats.GAUSSIAN_PARTS, stats.test_accuracy
 
@@ -50,27 +51,29 @@ def test_reference_settings():
 
 
 H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
-PLACES = [("reference", MODELS, 20, BOTH, H100),
-    ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], 8, ["clutteredmnist"], OLD),
-    ("reference", ["vit", "vitdiff"], 3, ["cifar10"], ("3b3c9cc", "x86_64")),
-    ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], 10, BOTH, H100),
-    ("controls", ["vitsum"], 10, ["fashionmnist"], H100), ("controls", ["vitsum"], 10, ["mnist"], CPU),
-    ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], 10, BOTH, CPU),
-    ("brightness", ["vit", "vitboth", "vitdiff", "vitdiffv2"], 10, BOTH, CPU),
-    ("brightness", ["vitheads"], 5, BOTH, CPU),
-    *((place, ["vit", "vitdiff"], 10, datasets, OLD) for place, datasets in [
+TEN = range(10)
+PLACES = [("reference", MODELS, range(20), BOTH, H100),
+    ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(8), ["clutteredmnist"], OLD),
+    ("reference", ["vit", "vitdiff"], range(3), ["cifar10"], ("3b3c9cc", "x86_64")),
+    ("reference", ["vit", "vitdiff"], range(3, 10), ["cifar10"], ("1f67906", "x86_64")),
+    ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
+    ("controls", ["vitsum"], TEN, ["fashionmnist"], H100), ("controls", ["vitsum"], TEN, ["mnist"], CPU),
+    ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], TEN, BOTH, CPU),
+    ("brightness", ["vit", "vitboth", "vitdiff", "vitdiffv2"], TEN, BOTH, CPU),
+    ("brightness", ["vitheads"], range(5), BOTH, CPU),
+    *((place, ["vit", "vitdiff"], TEN, datasets, OLD) for place, datasets in [
         ("faults/activated", ["mnist"]), ("faults/ordered", ["mnist"]), ("trials/recipes", BOTH)]),
-    ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], 10, ["mnist"], OLD)]
+    ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], TEN, ["mnist"], OLD)]
 
 
 @pytest.mark.parametrize("place", dict.fromkeys(place for place, *_ in PLACES))
 def test_runs(place):
-    """A folder has all seeds of its models, by one commit on one device (some records say -dirty, as copies of a plugin
-    lay beside the code), with the plugin beside them, by the recipe of the reference but for a setting."""
+    """A folder has all seeds of its models, by the commit and on the device named (some records say -dirty, as copies
+    of a plugin lay beside the code), with the plugin beside them, by the recipe of the reference but for a setting."""
     found = {key: (run.facts["git_commit"].removesuffix("-dirty")[:7], run.facts["device_name"])
              for key, run in runs_of(place).items()}
     assert found == {key: facts for name, models, seeds, datasets, facts in PLACES if name == place
-                     for key in itertools.product(datasets, models, range(seeds))}
+                     for key in itertools.product(datasets, models, seeds)}
     for (dataset, _, seed), run in runs_of(place).items():
         changed = {("trials/recipes", "mnist"): dict(muon_lr=0.008), ("trials/recipes", "fashionmnist"): dict(
             batch_size=128, muon_lr=0.005, lr=0.003)}.get((place, dataset), {})
@@ -129,16 +132,16 @@ def by_dataset(comparisons, *parts):
 
 def test_results_in_the_readme():
     """README's table has the means over the seeds, beside what is published."""
-    lines = {(dataset, line.model): line for dataset in BOTH for line in lines_of(*CONTROLS)[dataset]}
+    lines = {(dataset, line.model): line for dataset in ALL for line in lines_of(*CONTROLS).get(dataset, [])}
     assert_table("README.md", [[
-        model, f"{lines['mnist', model].runs[0].summary['parameters']:,}", *(cell for dataset in BOTH for cell in [
-            "{:.4f}, {:.2%}".format(*(mean(lines[dataset, model], name) for name in ("test_loss", "test_accuracy"))),
-            "{:.1f}%, {:.1f}%".format(*(mean(lines[dataset, model], error_under(part)) for part in PARTS))])]
+        model, f"{lines['mnist', model].runs[0].summary['parameters']:,}", *(
+            "{:.2%}; {:.1f}%, {:.1f}%".format(*(mean(lines[dataset, model], figure_of) for figure_of in (
+                "test_accuracy", *map(error_under, PARTS)))) if (dataset, model) in lines else "" for dataset in ALL)]
         for model in ["vit", "vitbalanced", "vitboth", "vitdiff", "vitdiffpaper", "vitdiffv2"]])
     for name, model in zip(["ViT", "ViTBalanced", "ViTDiff"], ["vit", "vitbalanced", "vitdiff"]):
         figures = [stats.PUBLISHED[dataset, model] for dataset in BOTH]
-        assert_says("README.md", "| published {} | {:,} | {} | | {} | |", name, figures[0].parameters,
-                    *(f"{each.test_loss:.3f}, {each.test_accuracy:.2%}" for each in figures))
+        assert_says("README.md", "| published {} | {:,} | {:.2%} | {:.2%} | |", name, figures[0].parameters,
+                    *(each.test_accuracy for each in figures))
 
 
 def test_primary_comparisons():
@@ -270,6 +273,10 @@ def test_numbers_in_the_prose():
     (three,), (thirty,) = (runs_of(f"trials/{name}-epochs").values() for name in ("three", "thirty"))
     assert accuracy(three) > 95.75
     assert_says("runs/trials/README.md", "of `vit` on cluttered MNIST err in {:.2f}%", 100 - accuracy(thirty))
+    longer = runs_of("trials/cifar10/hundred-epochs")
+    assert_says("runs/trials/README.md", "test accuracies of {:.2f}%, {:.2f}% and {:.2f}%", *(
+        accuracy(longer["cifar10", model, seed]) for model, seed in [("vit", 0), ("vit", 1), ("vitdiff", 0)]))
+    assert {run.summary["best_epoch"] for run in longer.values()} == {run.settings["epochs"] for run in longer.values()}
 
 
 def checks(name):

@@ -207,11 +207,25 @@ def test_natural_images_in_the_report():
     found = [stats.compare_lines(lines, figure_of, False)["vitdiff"]
              for figure_of in (accuracy, *(error_under(name) for name in names))]
     assert_says("runs/README.md", "| `vitdiff` - `vit` | " + " | ".join(map(interval, found)) + " |")
-    vitdiff = {line.model: line for line in lines}["vitdiff"]
-    last = [mean(vitdiff, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
-            for figure in ("noise_to_signal", "noise_to_signal_1", "noise_cosine", "signal_cosine")]
-    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, and the changes "
-                "of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
+    unseen = plot.arrange([run for (dataset, _, seed), run in runs_of("reference").items()
+                           if dataset == "cifar10" and seed > 2])
+    _, primary = stats.compare_models(unseen, [("vitdiff", "vit")])
+    primary = primary["CIFAR-10", "vitdiff - vit", "fluctuation"]
+    assert_says("runs/README.md", "over seeds 3 to 9 `vitdiff` minus `vit` is {} points under the fluctuation, p = "
+                "{:.2g} by Holm's method", interval(primary), 2 * primary.p)
+    fluctuation = found[names.index(PARTS[1]) + 1]
+    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f})", -fluctuation.mean,
+                -fluctuation.mean - fluctuation.half, -fluctuation.mean + fluctuation.half)
+    vit, vitdiff = lines
+    last = [mean(line, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
+            for line, figure in [(vitdiff, "noise_to_signal"), (vitdiff, "noise_to_signal_1"), (vit, "noise_to_signal"),
+                                 (vitdiff, "noise_cosine"), (vitdiff, "signal_cosine")]]
+    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of `vit` "
+                "{:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
+    assert_says("runs/README.md", "its seeds differ more: {:.2f}% to {:.2f}%, those of `vit` {:.2f}% to {:.2f}%", *(
+        end(map(accuracy, line.runs)) for line in (vitdiff, vit) for end in (min, max)))
+    for run in vit.runs + vitdiff.runs:  # expected: under the shift within half a point of clean images
+        assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.5
     for line, block, figure in itertools.product(
             lines, (0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
         assert not mean(line, lambda run: stats.response_of(run, "gaussian_noise_shift_3", block, figure)) >= 0.001

@@ -158,6 +158,10 @@ def test_differences_in_the_report():
     """The report's tables of differences are those of the records."""
     assert_table("runs/README.md", side_by_side([
         stats.compare_lines(lines_of("reference")[dataset], accuracy, True) for dataset in BOTH], interval, p_holm))
+    both = stats.compare({(dataset, name): differences for dataset in BOTH for name, differences in (
+        stats.paired_differences(lines_of("reference")[dataset], accuracy).items())}, True)
+    assert_says("runs/README.md", "corrected for the eight rows of both data sets, p is {:.3f}",
+                both["fashionmnist", "vitdiff"].p_holm)
     first, second = ([pair for pair in pairs if "vitsumscaled" not in pair]
                      for pairs in pairs_compared("controls").values())
     accuracies, _ = stats.compare_models(lines_of(*CONTROLS), first)
@@ -241,6 +245,11 @@ def test_brightness_in_the_report():
                                     for model in sorted({model for model, _ in rows})])
     assert_says("README.md", "`vit` errs in {:.1f}% and {:.1f}% under the shift", *(
         means["vit", dataset][5] for dataset in BOTH))
+    cost = stats.compare({model: [clean[1] - clean[0] for clean in rows[model, "fashionmnist"]]
+                          for model, _ in rows}, False)
+    assert_says("runs/README.md", "all err more, `vit` by {} points", interval(cost["vit"]))
+    assert_says("README.md", "clean images of Fashion-MNIST cost it {:.2f} points", cost["vit"].mean)
+    assert all(found.mean > found.half for found in cost.values())
     (_, _, without, *_), (_, _, _, trained, *_) = means["vitdiff", "fashionmnist"], means["vit", "fashionmnist"]
     assert without < trained and means["vitdiff", "mnist"][2] > means["vit", "mnist"][3]  # under the whole noise
     _, found = stats.compare_models(lines_of("brightness"), [("vitdiff", "vit")])
@@ -280,8 +289,8 @@ def test_numbers_in_the_prose():
     text = "".join((RUNS / f"reference/benchmark{which}.md").read_text() for which in ("", "-h100"))
     costs = [cost for model in ("vitdiff", "vit")
              for cost in re.findall(rf"\| {model}, mnist \| 1 \| \w+ \| ([\d.]+)", text)]
-    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, there; one of `vit` {}, "
-                "{}, {}, {}.", *costs)
+    assert_says("runs/README.md", "takes {} ms, compiled {}, on the CPU, {} ms, captured {}, on the GPU; one of `vit` "
+                "{}, {}, {}, {}.", *costs)
     three, thirty = (runs_of("trials/single-runs")[key] for key in [
         ("mnist", "vitdiff", 0), ("clutteredmnist", "vit", 0)])
     assert [run.settings["epochs"] for run in (three, thirty)] == [3, 30]
@@ -307,8 +316,9 @@ def test_checks():
         cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
                  for model in ("vit", "vitdiff", "vitdiffv2")]
         assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
-    assert_says("README.md", "errs in {undone:.1f}% of MNIST's images under the shift of severity 3 instead of "
-                "{left:.1f}%".format(**found["shift", "mnist", "vitdiff"]))
+    assert_says("README.md", "errs in {:.1f}% of MNIST's images under the shift of severity 3 instead of {:.1f}%, "
+                "`vitdiffv2` in {:.1f}%; `vit` in {:.1f}%.", *(found["shift", "mnist", model][which] for model, which in [
+                    ("vitdiff", "undone"), ("vitdiff", "left"), ("vitdiffv2", "undone"), ("vit", "left")]))
     for block, models, sentence in [
             (0, [], "the shift is left at {:.1f} to {:.1f} times 1 - lambda"),
             (1, ["vitsum", "vitdiffabs", "vitcentered"],

@@ -179,7 +179,8 @@ def attention_conditions(settings):
         return ({f"{count}_distractors": (settings | dict(distractors=count), None, 0) for count in counts}
                 | {"gaussian_noise_3": (settings, "gaussian_noise", 3)})
     return ({"clean": (settings, None, 0)}
-            | {f"{name}_3": (settings, name, 3) for name in ("gaussian_noise", "distractors")})
+            | {f"{name}_3": (settings, name, 3) for name in ("gaussian_noise", "distractors")
+               if name in data.corruptions_of(settings["dataset"])})
 
 
 def attention_batches(split, settings, shown, corruption, severity):
@@ -266,7 +267,7 @@ def measure_noise(models, split, settings):
     for key, images, labels in data.corrupted_batches(split, settings):
         sums.setdefault(key, []).append(evaluate_models(images, labels))
     tables = [[] for _ in models]
-    for name, severity in itertools.product(data.CORRUPTIONS, range(1, 6)):
+    for name, severity in itertools.product(data.corruptions_of(settings["dataset"]), range(1, 6)):
         amount = data.get_amount(name, severity, split.images.shape[1])
         means = (total(sums[name, severity]) / len(split.labels)).T.tolist()
         for table, (loss, accuracy) in zip(tables, means):
@@ -345,7 +346,8 @@ def measure_response(models, split, settings):
 
 def analyse(folders, models, split, settings):
     """Write what trained models do under corruption, what they attend to and how their branches respond: noise.csv,
-    attention.csv and .npz, response.csv. The models are of runs that differ in their seed alone."""
+    attention.csv and .npz, response.csv. The models are of runs that differ in their seed alone. Returns the names of
+    the files."""
     tables = {"noise.csv": measure_noise(models, split, settings),
               "attention.csv": measure_attention(models, split, settings)}
     if all(map(offers_branches, [block.attn for block in models[0].blocks])):
@@ -354,6 +356,7 @@ def analyse(folders, models, split, settings):
         for name, rows in tables.items():
             records.write_csv(folder / name, rows[i], amount="{:g}")
         records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
+    return [*tables, "attention.npz"]
 
 
 # The command.
@@ -369,7 +372,7 @@ def repeat_test(folder, device, data_dir):
     settings, _ = records.read_config(folder)
     summary = records.read_summary(folder)
     if "crc32" in summary:
-        records.check_files(folder, summary["crc32"], ["config.json"])
+        records.check_files(folder, summary["crc32"], ["config.json", "metrics.csv"])
     if settings.get("plugin"):
         records.execute_plugin(records.find_run_plugin(folder, settings["plugin"]))
     with records.reading(folder / "config.json"):
@@ -383,9 +386,9 @@ def repeat_test(folder, device, data_dir):
     (figures,) = evaluate([model], split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
-    analyse([folder], [model], split, settings)
+    names = analyse([folder], [model], split, settings)
     records.write_summary(folder, summary)
-    print(f"{', '.join(records.ANALYSIS)} written into {folder}", flush=True)
+    print(f"{', '.join(names)} written into {folder}", flush=True)
 
 
 @machine.enough_memory()

@@ -7,6 +7,7 @@ takes the flags of train.py, trains nothing to the end, and writes benchmark.csv
 Markdown, into --runs-dir. What is compared is timed in turns, as other processes slow everything down for a while.
 """
 
+import functools
 import itertools
 import math
 import statistics
@@ -88,20 +89,19 @@ def largest_product(amp, device):
 
 
 def benchmark_steps(experiments, splits, device, with_compiled):
-    """Rows of benchmark.csv: each experiment by one seed and, where several are given, by their stack; plain and, if
-    so wanted, compiled."""
-    rows, steps, evaluations = [], [], []
-    for settings, facts, all_seeds, _ in experiments:
+    """Rows of benchmark.csv: each experiment by one seed and, where several are given, by as many side by side as
+    train.py would train; plain and, if so wanted, compiled."""
+    rows, steps, evaluations = [], [], {}
+    for settings, facts, all_seeds, request in experiments:
         flops, dataset = training_flops(settings), settings["dataset"]
-        model = analysis.make_model(settings).to(device)
-        for seeds, compiled in itertools.product(dict.fromkeys([(all_seeds[0],), tuple(all_seeds)]),
+        evaluations[dataset, settings["model"]] = functools.partial(
+            analysis.evaluate, [analysis.make_model(settings).to(device)], splits[dataset]["val"], settings)
+        for seeds, compiled in itertools.product(dict.fromkeys([(all_seeds[0],), tuple(all_seeds[:request["size"]])]),
                                                  [False, True] if with_compiled else [False]):
             begin = time.perf_counter()
             steps.append(make_step(settings, list(seeds), splits[dataset]["train"], device, compiled))
             for _ in range(4):  # at the fourth a step is captured
                 measure_seconds(steps[-1], device)
-            evaluations.append(lambda model=model, split=splits[dataset]["val"], settings=settings:
-                               analysis.evaluate([model], split, settings))
             rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
                              batch_size=settings["batch_size"], parameters=facts["parameters"],
                              training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
@@ -109,7 +109,8 @@ def benchmark_steps(experiments, splits, device, with_compiled):
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, ROUNDS, CALLS)
     peak, one_seed = 2 * side**3 / statistics.median(products), {}
-    for row, training, evaluation in zip(rows, trainings, time_in_turn(evaluations, device, rounds=3, calls=3)):
+    evaluations = dict(zip(evaluations, time_in_turn(list(evaluations.values()), device, rounds=3, calls=3)))
+    for row, training in zip(rows, trainings):
         low, *_, high = statistics.quantiles(training, n=10)
         milliseconds = 1e3 * statistics.median(training)
         images_per_second = 1e3 * row["seeds"] * row["batch_size"] / milliseconds
@@ -118,7 +119,8 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
             relative_to_one_seed=relative, images_per_second=images_per_second,
             epoch_seconds=row["seeds"] * data.training_size(row["dataset"]) / images_per_second,
-            evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(evaluation),
+            evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(
+                evaluations[row["dataset"], row["model"]]),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
     return rows
 
@@ -200,6 +202,7 @@ def markdown(header, rows):
 def run_benchmark(args):
     if machine.started_by_torchrun():
         raise records.UserError("benchmark.py takes one process: leave out torchrun")
+    args.analysis = False  # so that an attention need not have what the analysis needs
     plugin = records.execute_plugin(args.plugin) if args.plugin else None
     train.check_flags(args)
     device = machine.pick_device(args.device)

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import struct
+import zipfile
 import zlib
 from collections import namedtuple
 from http.client import HTTPException
@@ -236,7 +237,7 @@ def read_arrays(name, load, data_dir):
     """The training and the test archive of a data set of one's own: two Splits."""
     try:
         arrays = load(data_dir)
-    except OSError as error:
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"data set {name} cannot be read: {records.first_line(error)}") from None
     try:
         records.check(isinstance(arrays, (tuple, list)) and len(arrays) == 4,
@@ -456,7 +457,7 @@ def evaluation_batches(split, settings, corruption=None, severity=0):
 def corrupted_batches(split, settings, names=None, severities=range(1, 6)):
     """A split in its own order under corruptions, all unless some are named: yields (name, severity), normalised images
     (B, C, H, W) and labels (B,). What is random is drawn once for all corruptions of a kind and all severities."""
-    names = CORRUPTIONS if names is None else names
+    names = corruptions_of(settings["dataset"]) if names is None else names
     for first, pixels in evaluation_pixels(split, settings):
         kinds = dict.fromkeys(map(corruption_kind, names))
         draws = [draw_corruption(kind, pixels, first, settings) for kind in kinds]
@@ -496,6 +497,12 @@ def corrupt(pixels, name, severity, first, split, settings):
 
 def get_amount(name, severity, channels):
     return CORRUPTIONS[name][channels > 1][severity - 1]
+
+
+def corruptions_of(dataset):
+    """Those that its images can have: less than ten pixels a side have no room for squares."""
+    small = DATASETS[dataset]["image_size"] < 10
+    return [name for name in CORRUPTIONS if not (small and name in ("occlusion", "distractors"))]
 
 
 def corruption_kind(name):

@@ -62,7 +62,7 @@ def differential_attention(q, k, v, lam):
 def differential_branches(q, k, v, lam):
     """The two terms of differential_attention: [softmax(q1 k1' / sqrt(d)) v, -lam softmax(q2 k2' / sqrt(d)) v]."""
     first, second = softmax_map(q, k).unflatten(-3, (-1, 2)).unbind(-3)  # (..., H, M, N) each
-    return [first @ v, -lam * (second @ v)]
+    return [first.type_as(v) @ v, -lam * (second.type_as(v) @ v)]
 
 
 class SizeError(ValueError):
@@ -142,7 +142,7 @@ class DiffAttention(nn.Module):
     def branches(self, x):
         """The terms that a head adds up before its norm: x (B, N, dim) -> [A1 v, -lambda A2 v], (B, H, N, dim / H)."""
         q, k, v = self.project(x)
-        return differential_branches(q, k, v, self.lam().type_as(q))
+        return differential_branches(q, k, v, self.lam())
 
     def forward(self, x, keep=None):
         """x (B, N, dim) -> (B, N, dim), or the first `keep` tokens of it, which attend to all."""

@@ -33,6 +33,8 @@ def pick_device(name):
 
     Of processes that torchrun started, each takes a CUDA device of its own.
     """
+    if started_by_torchrun() and name.startswith("cuda:"):
+        raise UserError(f"--device {name}: torchrun gives each process a card of its own: give --device cuda")
     present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     choices = [kind for kind, is_present in present.items() if is_present] if name == "auto" else [name]
     for choice, following in itertools.zip_longest(choices, choices[1:]):

@@ -21,7 +21,7 @@ import os
 import re
 import statistics
 import sys
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -102,7 +102,7 @@ def label_lines(lines):
     parts = {line.folder: line.folder.resolve().parts for line in lines}
     shared = len(os.path.commonprefix(list(parts.values())))
     baselines = [line for line in lines if line.model == BASELINE]
-    labelled = []
+    labelled, taken = [], Counter()
     for line in lines:
         namesakes = [other for other in lines if other.model == line.model and other is not line]
         rivals = [other for other in namesakes if line.front or not other.front]
@@ -110,7 +110,8 @@ def label_lines(lines):
         if folder and any(other.folder != line.folder for other in namesakes):
             label += f" ({'/'.join(folder)})"
         plain = re.sub(r"[^\w ,.:;/()+-]", "?", label)  # no TeX in charts, no bars in tables
-        labelled.append(line._replace(label=plain))
+        taken[plain] += 1
+        labelled.append(line._replace(label=f"{plain} {taken[plain]}" if taken[plain] > 1 else plain))
     return sorted(labelled, key=lambda line: (not line.front, line.model, line.label))
 
 
@@ -581,6 +582,8 @@ def draw_maps(dataset, lines):
     lines = [line for line in stats.keep_runs(lines, lambda run: run.maps) if line.front or line.model == BASELINE]
     if not lines:
         return None
+    pictures = lines[0].runs[0].maps[0].tolist()
+    lines = [line for line in lines if line.runs[0].maps[0].tolist() == pictures]  # canvases may differ
     heads = max(line.runs[0].maps[1].shape[1] for line in lines)
     shown = max(1, 8 // heads)  # images
     limit = max(abs(line.runs[0].maps[1][:shown]).max() for line in lines) or 1
@@ -699,7 +702,10 @@ def plot(args):
     left_out = sum(run.noise is not None for run in own + reference) - sum(run.noise is not None for run in shown)
     if left_out:
         print(f"left out: what {left_out} runs did under noise of other amounts than the first run's", file=sys.stderr)
+    pairs = [frozenset(pair) for pair in args.compare]
     for pair in args.compare:
+        if len({*pair}) == 1 or pairs.count(frozenset(pair)) > 1:
+            raise UserError(f"argument --compare: {' '.join(pair)} are not two models, or are compared twice")
         for model in pair:
             records.check_name("model", model, sorted({run.settings["model"] for run in own + reference}))
         if not any(stats.paired_differences(lines, stats.test_accuracy, [pair]) for lines in datasets.values()):

@@ -18,6 +18,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -382,7 +383,7 @@ def check_summary(summary):
 
 def read_config(folder):
     """The settings and the facts of a run: two dicts."""
-    if not folder.exists() and (row := read_rows(folder.parent).get(folder.name)):
+    if not is_run(folder) and (row := read_rows(folder.parent).get(folder.name)):
         raise UserError(f"{folder} is in the tables of {folder.parent}, which keep no weights: to make them again, run "
                         f"python train.py {row.args} --runs-dir DIR")
     with reading(folder / "config.json"):
@@ -396,7 +397,7 @@ def read_config(folder):
 def read_summary(folder):
     """The figures of a finished run, a dict: those of summary.json, with the checksums as crc32 unless it was made by
     hand; of a run that has been gathered, those of the table."""
-    if not folder.exists() and (row := read_rows(folder.parent).get(folder.name)):
+    if not is_run(folder) and (row := read_rows(folder.parent).get(folder.name)):
         return row.summary
     with reading(folder / "summary.json"):
         summary = json.loads(read_text(folder / "summary.json"))
@@ -755,8 +756,12 @@ def gather(folder, keep_seeds=()):
         check_same(moved, old, "is in the tables as another run: move one of them away")
         if moved:
             new_sums = stage_tables(folder, moved)
-            check_same(old + moved, read_tables(folder, new_sums), "would not be the same in a table: its config.json, "
-                       "summary.json and CSV files contradict each other")
+            try:
+                check_same(old + moved, read_tables(folder, new_sums), "would not be the same in a table: its "
+                           "config.json, summary.json and CSV files contradict each other")
+            except UserError:
+                settle(folder)  # which deletes the tables that were staged
+                raise
             write_whole(folder / SUMS, "".join(f"{digits}  {name}\n" for name, digits in new_sums.items()))
             settle(folder)
         for run in moved:
@@ -923,6 +928,16 @@ def read_stack(folder):
     return stack if (first / "last.pt").exists() else []
 
 
+def check_nobody_resumes_from(folder, seed, seeds):
+    """Raise a UserError if the folder holds the checkpoint of a stack that has other seeds than `seeds`."""
+    stack = []
+    with contextlib.suppress(UserError):  # what is damaged may be overwritten
+        stack = read_stack(folder)
+    if stack[:1] == [seed] and not set(stack) <= set(seeds):
+        raise UserError(f"{folder} holds what others of its stack are resumed from: resume them first, or give --seed "
+                        f"{' '.join(map(str, stack))} to start all afresh")
+
+
 def find_stacks(runs_dir, settings, seeds, size, overwrite):
     """Which of the runs with these settings and seeds are still to be trained, as lists of at most `size` seeds to
     train side by side. What was interrupted is resumed in the stack that it was in.
@@ -937,6 +952,7 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
             if folder.name in read_rows(folder.parent):
                 raise UserError(f"{folder.name} is in the tables of {folder.parent}, which --overwrite does not "
                                 "change: give another --runs-dir")
+            check_nobody_resumes_from(folder, seed, seeds)
             fresh.append(seed)
         elif not is_finished(folder, settings | dict(seed=seed)):
             stack = read_stack(folder)
@@ -959,10 +975,11 @@ def claim_stacks(locks, runs_dir, settings, seeds, size, overwrite):
     """What find_stacks returns, once the folders are locked, for as long as the ExitStack `locks` is open, and what
     `overwrite` gives up is deleted."""
     request = runs_dir, settings, seeds, size, overwrite
-    for folder in [run_folder(runs_dir, settings | dict(seed=seed)) for part in find_stacks(*request) for seed in part]:
+    folders = [run_folder(runs_dir, settings | dict(seed=seed)) for part in find_stacks(*request) for seed in part]
+    for folder in folders:
         locks.enter_context(locked(folder))
-        for name in FILES if overwrite else []:
-            (folder / name).unlink(missing_ok=True)
+    for folder, name in itertools.product(folders, FILES) if overwrite else []:  # once all are locked
+        (folder / name).unlink(missing_ok=True)
     return find_stacks(*request)  # another process may have changed them before they were locked
 
 

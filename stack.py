@@ -197,7 +197,7 @@ def compile_model(net, images, amp, required):
     except torch._dynamo.exc.TorchDynamoException as error:
         problem = f"--compile does not work here ({records.first_line(error)}): it needs a C++ compiler such as g++"
         if required:
-            raise UserError(f"{problem}; leave it out") from None
+            raise UserError(f"{problem}; give --compile no") from None
         machine.say(f"{problem}; training goes on without")
         return None
     net.zero_grad()

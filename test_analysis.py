@@ -222,6 +222,7 @@ def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
     config = (finished / "config.json").read_text()
     for name, content, *words in [
             ("summary.json", "{}"), ("best.pt", "mine"), ("config.json", "{"), ("config.json", config + " "),
+            ("metrics.csv", (finished / "metrics.csv").read_text().replace("1", "2")),
             ("config.json", config.replace('"clip"', '"slip"'), "config.json", "a setting is missing"),
             ("config.json", config.replace('"vitdiff"', '"vitdif"'), "vitdif", "vitdiff?"),
             ("config.json", config.replace('"mnist"', '"mnits"'), "mnits", "mnist?"),

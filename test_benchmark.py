@@ -14,6 +14,7 @@ import stack
 import train
 from test_data import CPU, cut, mnist
 from test_train import TINY, assert_one_line, command, needs_cuda, settings_for, small, table
+from vit import MODELS, SelfAttention
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -25,7 +26,7 @@ def run_benchmark(*flags):
 def test_benchmark(tmp_path, monkeypatch, capsys):
     """Its figures follow from whole steps, by a clock that gives every step 20 ms, every evaluation 500 ms, and the
     product its own time; nothing is trained, nor compiled where that cannot be, as on CUDA in float16."""
-    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 4])
+    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 4 + [[2 * 2048**3 / 1e11]], [[0.5]] * 2])
 
     def time_in_turn(functions, device, rounds, calls):
         for function in functions:
@@ -59,6 +60,18 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
         assert [benchmark.largest_product(amp, device) for device in (torch.device("cuda"), CPU)] == [
             (8192, dtype), (2048, torch.float32)]
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}
+
+
+def test_benchmark_of_what_is_not_analysed_or_stacked(tmp_path, monkeypatch):
+    """An attention needs no map for it; seeds that train.py would train one after the other are timed as one."""
+    class Mapless(SelfAttention):
+        attention_map = property()
+
+    monkeypatch.setitem(MODELS, "mapless", dict(attention=Mapless))
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    assert run_benchmark("--model", "mapless", "--seed", "0", "1", "--stack", "1", "--compile", "no", "--runs-dir",
+                         tmp_path) == 0
+    assert [row["seeds"] for row in table(tmp_path / "benchmark.csv")] == ["1"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -304,9 +304,10 @@ def test_own_data(own_rows, channels, convert):
     ([2], lambda images: images.transpose(0, 3, 1, 2), "test images are (30, 3, 8, 8), not (N, H, W)"),
     ([0], lambda images: images[:, :7], "7 high and 8 wide"), ([2], lambda images: images[:, :7, :7], "(3, 7, 7)"),
     ([2], lambda images: images[:0], "no test images"), ([0], lambda images: images[1:], "119 training images and 120"),
-    ([0, 1], lambda array: array[-9:], "9 training images"), ([0], lambda images: [[1], [2, 3]], "mine: "),
-    ([1], lambda labels: labels[:, None], "uint8 (120, 1), not integers (N,)"), ([3], lambda labels: labels / 1., "f"),
-    ([3], lambda labels: labels.astype(int) - 1, "label -1 is negative"), ([1], lambda labels: 0 * labels, "one class"),
+    ([0, 1], lambda array: array[-9:], "9 training images"), ([0], lambda images: [[1], [2, 3]], "inhom"),
+    ([1], lambda labels: labels[:, None], "uint8 (120, 1), not integers (N,)"),
+    ([3], lambda labels: labels / 1.0, "test labels are float64"), ([1], lambda labels: 0 * labels, "one class"),
+    ([3], lambda labels: labels.astype(int) - 1, "label -1 is negative"),
     ([1], lambda labels: labels + 1, "class 0 has no training image"), ([3], lambda labels: labels + 1, "label 3 is")])
 def test_bad_own_data(own_rows, places, change, words):
     """Arrays that are no data set are one line that says why."""
@@ -319,11 +320,32 @@ def test_bad_own_data(own_rows, places, change, words):
 
 def test_bad_own_rows(tmp_path, own_rows):
     """A function that returns something else or cannot read its file, and a default of no flag, are one line."""
+    numpy.savez(tmp_path / "whole.npz", numpy.zeros(999))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:500])
     for words, load, defaults in [("load does not return train_images, train_labels,", lambda folder: None, {}),
                                   ("mine.npz", lambda folder: open(folder / "mine.npz"), {}),
+                                  ("zip", lambda folder: numpy.load(folder / "cut.npz"), {}),
                                   ("epochs?", lambda folder: None, dict(epoch=3))]:
         own_rows["mine"] = dict(load=load, defaults=defaults)
         assert words in refusal("mine", tmp_path)
+
+
+@pytest.mark.parametrize("flag, value", [("epochs", 2.5), ("batch-size", 0), ("flip", "no")])
+def test_bad_own_defaults(own_rows, flag, value):
+    """A default that its flag would not take is refused as the flag would be."""
+    own_rows["mine"] = dict(load=lambda folder: list(own_arrays(8)), defaults={flag.replace("-", "_"): value})
+    with pytest.raises(records.UserError, match=f"defaults of data set mine: .*({flag}|{value})"):
+        train.check_flags(train.parse_flags(["--dataset", "mine"]))
+
+
+def test_corruptions_of_small_images(own_rows):
+    """Images too small for any square to be cut out or pasted do not have the corruptions that do so."""
+    for size in (8, 9, 10, 28):
+        own_rows["mine"] = dict(image_size=size)
+        left_out = set(data.CORRUPTIONS) - set(data.corruptions_of("mine"))
+        assert left_out == {kind for kind in ("occlusion", "distractors") if not data.draw_corruption(
+            kind, torch.zeros(1, 1, size, size), 0, dict(patch_size=1)).numel()}
+        assert bool(left_out) == (size < 10)
 
 
 # Augmentation.
@@ -453,8 +475,7 @@ def corrupt(pixels, name, severity, first=0, split=None):
 
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
 def test_corruptions_grow(name):
-    """A corruption is the same at every call, of every image another one, and grows with severity from none at all;
-    on meta, which has no generator of its own, it has the random numbers of the CPU."""
+    """A corruption is the same at every call, of every image another one, and grows with severity from none at all."""
     split = cut(mnist()["test"], 200)
     pixels = split.images.float()
     results = torch.stack([corrupt(pixels, name, severity, split=split) for severity in range(6)])

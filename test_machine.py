@@ -6,7 +6,6 @@ import os
 import pty
 import signal
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -52,6 +51,13 @@ def test_cuda_device(monkeypatch, capsys, name, expected, line):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # before any product
 
 
+def test_card_of_a_rank(monkeypatch):
+    """Of processes that torchrun started none takes a card by its number, which all would share."""
+    monkeypatch.setattr(machine, "started_by_torchrun", lambda: True)
+    with pytest.raises(records.UserError, match="--device cuda:1: torchrun gives each process a card of its own"):
+        machine.pick_device("cuda:1")
+
+
 @pytest.mark.parametrize("has_bfloat16, expected", [(True, "bfloat16"), (False, "off")])
 def test_precision(monkeypatch, has_bfloat16, expected):
     """--amp auto is bfloat16 on a card that computes in it, and float32 on another and on a CPU."""
@@ -72,16 +78,13 @@ def threads():
         torch.set_num_threads(1)
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
-def test_busy_cores():
-    """A core that another process keeps busy is not idle."""
-    core = min(os.sched_getaffinity(0))
-    with subprocess.Popen([sys.executable, "-c", "import os\nos.sched_setaffinity(0, [{core}])\nprint(flush=True)\n"
-                           "while True: pass".format(core=core)], stdout=subprocess.PIPE) as process:
-        process.stdout.read(1)
-        idle = machine.idle_cores()
-        process.kill()
-    assert 0 <= idle < len(os.sched_getaffinity(0)) - 0.8
+def test_idle_cores(monkeypatch):
+    """Of the cores that this process may use those count that are idle, or wait for a disk."""
+    texts = iter(["cpu0 50 0 0 50 0 0 0 0\ncpu1 0 0 0 90 0 0 0 0\ncpu2 0 0 10 90 0 0 0 0\nintr 1\n",
+                  "cpu0 60 0 5 55 0 0 0 0\ncpu1 20 0 0 90 0 0 0 0\ncpu2 0 0 10 100 10 0 0 0\nintr 2\n"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+    assert machine.idle_cores(0) == pytest.approx(2 * (5 + 20) / 40)
 
 
 @pytest.mark.parametrize("idle, variable, flag, device, expected", [

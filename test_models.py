@@ -171,7 +171,10 @@ def test_half_precision_lambda():
     attn = DiffAttention(32, 1, depth=1).bfloat16()
     expected, _ = lambda_by_hand(attn.state_dict(), depth=1)
     assert attn.lam().dtype == torch.float32 and attn.lam().item() == pytest.approx(expected, rel=1e-6)
-    assert attn(torch.randn(2, 5, 32).bfloat16()).dtype == torch.bfloat16
+    x = torch.randn(2, 5, 32).bfloat16()
+    assert attn(x).dtype == torch.bfloat16
+    heads = differential_attention(*attn.project(x), attn.lam())
+    torch.testing.assert_close(sum(attn.branches(x)).float(), heads.float(), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)

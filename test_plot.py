@@ -148,6 +148,9 @@ def test_folders_named(tmp_path):
     assert labels("a") == {
         "vit, epochs 20": True, "vit, epochs 20 (reference)": False, "vit, epochs 3 (reference)": False}
     assert lines_in(tmp_path / "a")["kmnist"]["vit"].front and lines_in(tmp_path) == {}
+    for folder in ("c#1", "c@1"):  # whose names charts cannot have
+        record(tmp_path / folder)
+    assert labels("c#1", "c@1") == {"vit (c?1)": True, "vit (c?1) 2": True}
 
 
 def test_seeds_alone_share_a_line(tmp_path):
@@ -215,6 +218,17 @@ def test_mean_and_band(tmp_path):
     assert len(axes.containers) == 2 and axes.containers[1].lines[2] == ()  # of one seed there is no interval
 
 
+def test_maps_of_other_images(tmp_path):
+    """Maps stand below the images that they are of: those of other images, as of other canvases, are left out."""
+    for model in ("vit", "vitdiff"):
+        folder = analyse(record(tmp_path, model), {"blur": [0.9] * 5})
+        if model == "vitdiff":
+            with numpy.load(folder / "attention.npz") as arrays:
+                records.write_arrays(folder / "attention.npz", {**arrays, "images": arrays["images"] + 1})
+    texts = {text.get_text() for text in charts(tmp_path)["maps"].axes[0].texts}
+    assert "vit" in texts and "vitdiff" not in texts
+
+
 def test_labels_do_not_overlap(tmp_path):
     """No text of a chart stands on another or outside the figure, however many lines end within a hair's breadth."""
     for i in range(15):
@@ -269,6 +283,9 @@ def test_intervals():
             shown = [3 * stats.sign_flip_p(sample.tolist()) < 0.05
                      for sample in samples[:1_000] + stats.detectable_effect(size, 3)]
             assert statistics.fmean(shown) == pytest.approx(0.8, abs=0.04)
+    shown = [103 * stats.sign_flip_p(sample.tolist()) < 0.05
+             for sample in samples[:1_000] + stats.detectable_effect(size, 103)]
+    assert statistics.fmean(shown) == pytest.approx(0.8, abs=0.06)
     assert stats.detectable_effect(5, 1) == stats.detectable_effect(6, 2) == math.inf
 
 
@@ -484,6 +501,20 @@ def test_compare(tmp_path, monkeypatch):
     assert "rows compared, 5. With 2 and 7 seeds" in accuracy and "rows compared, 8. With 7 seeds" in error
 
 
+@pytest.mark.parametrize("names", [stats.GAUSSIAN_PARTS, ["image_offset"], ["blur"]])
+def test_some_corruptions_alone(tmp_path, monkeypatch, names):
+    """Tables are made of what runs have met, be it parts of a noise without the noise, or an offset alone."""
+    monkeypatch.setattr(plot, "CHARTS", {})
+    for model, error in (("vit", 0.4), ("vitdiff", 0.3)):
+        for seed in range(2):
+            analyse(record(tmp_path, model, seed), {name: [1 - error] * 5 for name in names})
+    assert plot.main([str(tmp_path)]) == 0
+    written = {table for table in ("noise", "shift") if (tmp_path / f"mnist-{table}-table.md").exists()}
+    assert written == ({"noise"} if names == ["blur"] else {"shift"} if len(names) == 2 else set())
+    for table in written:
+        assert "30.0" in (tmp_path / f"mnist-{table}-table.md").read_text()
+
+
 def test_amounts_never_mix(tmp_path, monkeypatch, capsys):
     """Figures under corruptions of other amounts than the first run's are left out, and that is said; attention on
     clean images and on canvases as in training stays."""
@@ -662,6 +693,8 @@ def test_no_further_process(tmp_path, monkeypatch, capsys):
     (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"), (["x" * 300], "too long"),
     (["runs", "runs/mnist-vit-seed0"], "is a run"), (["runs", "--out", "file"], "file"),
     (["runs", "--out", "table"], "mnist-table.md"), (["runs", "--compare", "vti", "vit"], "did you mean vit?"),
+    (["runs", "--compare", "vit", "vit"], "--compare: vit vit"),
+    (["runs", "--compare", "vit", "vitdiff", "--compare", "vitdiff", "vit"], "compared twice"),
     (["runs", "--seed", "4"], "no finished run of these seeds"), (["runs", "--dataset", "cifar10"], "data sets"),
     (["runs", "--out", "chart"], "mnist-val-loss.png"), (["twice"], "twice/first and twice/second")])
 def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -160,10 +161,10 @@ def test_gather_refuses(spoil, complaint, tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path, seed=seed)
     spoil(tmp_path / "mnist-vit-seed1")
-    before = sorted(path for path in tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(records.UserError, match=complaint):
         records.gather(tmp_path)
-    assert sorted(path for path in tmp_path.rglob("*") if path.suffix != ".new") == before
+    assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(records.UserError, match="no run of seed 7 to keep"):
         records.gather(write_run(tmp_path / "other").parent, [7])
 
@@ -240,8 +241,22 @@ def test_gathered_runs_are_not_trained_again(tmp_path):
         records.find_stacks(tmp_path, settings | dict(lr=1), [0], 1, False)
     with pytest.raises(records.UserError, match="which --overwrite does not change"):
         records.find_stacks(tmp_path, settings, [0], 1, True)
-    with pytest.raises(records.UserError, match="keep no weights: .* python train.py --model vit --dataset mnist"):
-        records.read_config(tmp_path / "mnist-vit-seed0")
+    for _ in range(2):
+        with pytest.raises(records.UserError, match="keep no weights: .* python train.py --model vit --dataset mnist"):
+            records.read_config(tmp_path / "mnist-vit-seed0")
+        (tmp_path / "mnist-vit-seed0").mkdir(exist_ok=True)  # an empty folder is no run
+    assert records.read_summary(tmp_path / "mnist-vit-seed0")["best_epoch"] == 2
+
+
+def test_overwriting_what_is_in_use(tmp_path):
+    """Where one of several runs is in use, --overwrite deletes none."""
+    folders = [write_run(tmp_path, seed=seed) for seed in (0, 1)]
+    settings, before = records.read_config(folders[0])[0], sorted(tmp_path.rglob("*.*"))
+    with open(folders[1] / ".lock", "w") as lock, contextlib.ExitStack() as locks:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(records.UserError, match="seed1 is in use"):
+            records.claim_stacks(locks, tmp_path, settings, [0, 1], 2, True)
+    assert sorted(path for path in tmp_path.rglob("*.*") if path.name != ".lock") == before
 
 
 def test_interrupted_stacks(tmp_path):
@@ -256,6 +271,10 @@ def test_interrupted_stacks(tmp_path):
     assert records.find_stacks(tmp_path, settings, [0, 1], 1, False) == [[0, 1]]
     with pytest.raises(records.UserError, match="with --seed 0 1, or give --overwrite"):
         records.find_stacks(tmp_path, settings, [1], 1, False)
+    assert records.find_stacks(tmp_path, settings, [1], 1, True) == [[1]]
+    with pytest.raises(records.UserError, match="resumed from: resume them first, or give --seed 0 1 to start all"):
+        records.find_stacks(tmp_path, settings, [0], 1, True)
+    assert records.find_stacks(tmp_path, settings, [1, 0], 1, True) == [[1], [0]]
     records.write_config(folders[1], settings | dict(seed=1), dict(stack=[1]), None)
     with pytest.raises(records.UserError, match="seed0 was interrupted beside .*seed1, which was started afresh"):
         records.find_stacks(tmp_path, settings, [0, 1], 1, False)

@@ -222,8 +222,8 @@ def test_natural_images_in_the_report():
     last = [mean(line, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
             for line, figure in [(vitdiff, "noise_to_signal"), (vitdiff, "noise_to_signal_1"), (vit, "noise_to_signal"),
                                  (vitdiff, "noise_cosine"), (vitdiff, "signal_cosine")]]
-    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of `vit` "
-                "{:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
+    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of "
+                "`vit` {:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
     assert_says("runs/README.md", "its seeds differ more: {:.2f}% to {:.2f}%, those of `vit` {:.2f}% to {:.2f}%", *(
         end(map(accuracy, line.runs)) for line in (vitdiff, vit) for end in (min, max)))
     for run in vit.runs + vitdiff.runs:  # expected: under the shift within half a point of clean images
@@ -316,9 +316,10 @@ def test_checks():
         cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
                  for model in ("vit", "vitdiff", "vitdiffv2")]
         assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
+    errors = [found["shift", "mnist", model][which] for model, which in [
+        ("vitdiff", "undone"), ("vitdiff", "left"), ("vitdiffv2", "undone"), ("vit", "left")]]
     assert_says("README.md", "errs in {:.1f}% of MNIST's images under the shift of severity 3 instead of {:.1f}%, "
-                "`vitdiffv2` in {:.1f}%; `vit` in {:.1f}%.", *(found["shift", "mnist", model][which] for model, which in [
-                    ("vitdiff", "undone"), ("vitdiff", "left"), ("vitdiffv2", "undone"), ("vit", "left")]))
+                "`vitdiffv2` in {:.1f}%; `vit` in {:.1f}%.", *errors)
     for block, models, sentence in [
             (0, [], "the shift is left at {:.1f} to {:.1f} times 1 - lambda"),
             (1, ["vitsum", "vitdiffabs", "vitcentered"],
@@ -397,23 +398,30 @@ def test_other_recipes_and_faults():
         assert_says("runs/faults/README.md", "| {} | {:.3g} |", interval(here), here.p)
 
 
-@pytest.mark.parametrize("places", [("reference",), CONTROLS, ("faults/attention", "reference")])
-def test_committed_tables(places):
-    """Every table that a README links to is what its command writes today."""
-    tables = {f"{dataset}-{name}.md": text for dataset, lines in lines_of(*places).items()
-              for name, text in stats.make_tables(dataset, lines).items()}
-    written = {RUNS / places[0] / name: text for name, text in tables.items()} | {
-        HERE / folder / "comparisons.md": stats.comparison_tables(lines_of(*places), pairs)
-        for folder, pairs in (pairs_compared(places[0]) if len(places) > 1 else {}).items()}
-    assert not [path for path, text in written.items() if path.exists() and path.read_text() != text]
+def tracked_files(*patterns):
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=HERE, capture_output=True, text=True)
+    return listed.stdout.split() or pytest.skip("not a git checkout")
+
+
+def test_committed_tables():
+    """Every committed table of runs is what its command writes today."""
+    written = {}
+    for places in [("reference",), CONTROLS, ("brightness",)]:
+        for dataset, lines in lines_of(*places).items():
+            written |= {f"runs/{places[0]}/{dataset}-{name}.md": text
+                        for name, text in stats.make_tables(dataset, lines).items()}
+    for folder, pairs in pairs_compared("controls").items():
+        written[f"{folder}/comparisons.md"] = stats.comparison_tables(lines_of(*CONTROLS), pairs)
+    primary = plot.arrange([run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH])
+    written["runs/trials/primary/comparisons.md"] = stats.comparison_tables(
+        primary, [("vitdiff", "vit"), ("vitdiffv2", "vit")])
+    for name in tracked_files("runs/*table.md", "runs/*comparisons.md"):
+        assert (HERE / name).read_text() == written[name], name
 
 
 def test_links():
     """Every link of a README leads to a committed file, and of charts and their tables no other is committed."""
-    listed = subprocess.run(["git", "ls-files", "runs", "*.md"], cwd=HERE, capture_output=True, text=True)
-    tracked = listed.stdout.split()
-    if not tracked:
-        pytest.skip("not a git checkout")
+    tracked = tracked_files("runs", "*.md")
     linked = set()
     for readme in [HERE / "README.md", *RUNS.glob("**/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text()):

@@ -94,11 +94,12 @@ def make_parser(prog="train.py", description=__doc__):
     add("--label-smoothing", **probability, default=0.1,
         help="in every loss, validation and test too (default: %(default)s)")
     add("--dropout", **probability,
-        help="probability, on the embedded tokens, in the MLPs and on what a block adds (default: 0)")
+        help="probability, on the embedded tokens, in the MLPs and on what a block adds, drawn for all seeds side by "
+             "side together (default: 0)")
 
     add = parser.add_argument_group("augmentation, drawn anew for each training image in each epoch").add_argument
     add("--rotation", **rate, help=f"maximum angle in degrees {by_dataset('rotation')}")
-    add("--scale", **probability, help=f"maximum change of width and of height, 0.1 for 10%% {by_dataset('scale')}")
+    add("--scale", **probability, help=f"width and height are divided by up to 1 +- this {by_dataset('scale')}")
     add("--shear", **probability, help=f"maximum shear {by_dataset('shear')}")
     add("--shift", **rate, help=f"maximum pixels each way {by_dataset('shift')}")
     add("--flip", action=argparse.BooleanOptionalAction,
@@ -133,6 +134,17 @@ def parse_flags(argv=None):
     return make_parser().parse_args(argv)
 
 
+def check_defaults(name):
+    """Raise a UserError unless the flags take the defaults of a data set of one's own."""
+    def refuse(message):
+        raise UserError(f"defaults of data set {name}: {message}")
+
+    parser, defaults = make_parser(), data.DATASETS[name]["defaults"]
+    parser.error = refuse
+    args = parser.parse_args(shlex.split(" ".join(records.make_flags(defaults))))
+    defaults.update({flag: getattr(args, flag) for flag in defaults})
+
+
 def check_flags(args):
     """Raise a UserError for flags that contradict each other or the data set."""
     for name in args.model:
@@ -140,6 +152,8 @@ def check_flags(args):
     for name in args.dataset:
         records.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
         data.complete_row(name, args.data_dir)
+        if "load" in data.DATASETS[name]:
+            check_defaults(name)
         count = data.training_size(name)
         if args.batch_size and args.batch_size > count:
             raise UserError(f"argument --batch-size: {args.batch_size} is more than the {count} training images of "

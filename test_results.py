@@ -56,6 +56,7 @@ PLACES = [("reference", MODELS, range(20), BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(8), ["clutteredmnist"], OLD),
     ("reference", ["vit", "vitdiff"], range(3), ["cifar10"], ("3b3c9cc", "x86_64")),
     ("reference", ["vit", "vitdiff"], range(3, 10), ["cifar10"], ("1f67906", "x86_64")),
+    ("reference", ["vitdiffv2"], TEN, ["cifar10"], ("1f67906", "x86_64")),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
     ("controls", ["vitsum"], TEN, ["fashionmnist"], H100), ("controls", ["vitsum"], TEN, ["mnist"], CPU),
     ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], TEN, BOTH, CPU),
@@ -208,29 +209,35 @@ def test_natural_images_in_the_report():
         line.model, f"{line.runs[0].summary['parameters']:,}", f"{mean(line, 'test_loss'):.4f}",
         f"{mean(line, 'test_accuracy'):.2%}", *(f"{mean(line, error_under(name)):.1f}%" for name in names)]
         for line in lines])
-    found = [stats.compare_lines(lines, figure_of, False)["vitdiff"]
-             for figure_of in (accuracy, *(error_under(name) for name in names))]
-    assert_says("runs/README.md", "| `vitdiff` - `vit` | " + " | ".join(map(interval, found)) + " |")
-    unseen = [run for (dataset, _, seed), run in runs_of("reference").items() if dataset == "cifar10" and seed > 2]
-    primary = stats.compare_lines(plot.arrange(unseen)["cifar10"], error_under(PARTS[1]), False)["vitdiff"]
+    found = [stats.compare_lines(lines, figure_of, False) for figure_of in (accuracy, *map(error_under, names))]
+    assert_table("runs/README.md", side_by_side([
+        {f"{name} - vit": row for name, row in rows.items()} for rows in found], interval))
+    primary = stats.compare_lines(plot.arrange([
+        run for (dataset, model, seed), run in runs_of("reference").items()
+        if dataset == "cifar10" and model in ("vit", "vitdiff", "vitdiffv2") and seed > 2])["cifar10"],
+        error_under(PARTS[1]), False)
     assert_says("runs/README.md", "over seeds 3 to 9 `vitdiff` minus `vit` is {} points under the fluctuation, p = "
-                "{:.2g} by Holm's method", interval(primary), 2 * primary.p)
-    fluctuation = found[names.index(PARTS[1]) + 1]
-    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f})", -fluctuation.mean,
-                -fluctuation.mean - fluctuation.half, -fluctuation.mean + fluctuation.half)
-    vit, vitdiff = lines
-    last = [mean(line, lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
-            for line, figure in [(vitdiff, "noise_to_signal"), (vitdiff, "noise_to_signal_1"), (vit, "noise_to_signal"),
-                                 (vitdiff, "noise_cosine"), (vitdiff, "signal_cosine")]]
+                "{:.2g} by Holm's method, `vitdiffv2` minus `vit` {}, p = {:.2g}", *(
+                    figure for row in primary.values() for figure in (interval(row), row.p_holm)))
+    lead, half = -primary["vitdiff"].mean, primary["vitdiff"].half
+    assert_says("README.md", "before seeds 3 to 9 were trained: by {:.2f} points ({:.2f} to {:.2f})", lead, lead - half,
+                lead + half)
+    lines = {line.model: line for line in lines}
+    last = [mean(lines[model], lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
+            for model, figure in [("vitdiff", "noise_to_signal"), ("vitdiff", "noise_to_signal_1"),
+                                  ("vit", "noise_to_signal"), ("vitdiff", "noise_cosine"),
+                                  ("vitdiff", "signal_cosine")]]
     assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of "
-                "`vit` {:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}", *last)
-    assert_says("runs/README.md", "its seeds differ more: {:.2f}% to {:.2f}%, those of `vit` {:.2f}% to {:.2f}%", *(
-        end(map(accuracy, line.runs)) for line in (vitdiff, vit) for end in (min, max)))
-    for run in vit.runs + vitdiff.runs:  # expected: under the shift within half a point of clean images
-        assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.5
-    for line, block, figure in itertools.product(
-            lines, (0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
-        assert not mean(line, lambda run: stats.response_of(run, "gaussian_noise_shift_3", block, figure)) >= 0.001
+                "`vit` {:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}",
+                *last)
+    assert_says("runs/README.md", "of `vitdiff` differ more: {:.2f}% to {:.2f}%, those of `vit` {:.2f}% to {:.2f}%", *(
+        end(map(accuracy, lines[model].runs)) for model in ("vitdiff", "vit") for end in (min, max)))
+    for line in lines.values():
+        for run in line.runs:  # expected: under the shift within half a point of clean images
+            assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.5
+        for block, figure in itertools.product((0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
+            assert not mean(line, lambda run: stats.response_of(
+                run, "gaussian_noise_shift_3", block, figure)) >= 0.001
 
 
 def test_brightness_in_the_report():
@@ -412,9 +419,9 @@ def test_committed_tables():
                         for name, text in stats.make_tables(dataset, lines).items()}
     for folder, pairs in pairs_compared("controls").items():
         written[f"{folder}/comparisons.md"] = stats.comparison_tables(lines_of(*CONTROLS), pairs)
-    primary = plot.arrange([run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH])
+    runs = [run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH]
     written["runs/trials/primary/comparisons.md"] = stats.comparison_tables(
-        primary, [("vitdiff", "vit"), ("vitdiffv2", "vit")])
+        plot.arrange(runs), [("vitdiff", "vit"), ("vitdiffv2", "vit")])
     for name in tracked_files("runs/*table.md", "runs/*comparisons.md"):
         assert (HERE / name).read_text() == written[name], name
 

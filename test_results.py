@@ -220,7 +220,7 @@ def test_natural_images_in_the_report():
                 "{:.2g} by Holm's method, `vitdiffv2` minus `vit` {}, p = {:.2g}", *(
                     figure for row in primary.values() for figure in (interval(row), row.p_holm)))
     lead, half = -primary["vitdiff"].mean, primary["vitdiff"].half
-    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f}), as written down before", lead,
+    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f}) in seeds 3 to 9, as written", lead,
                 lead - half, lead + half)
     lines = {line.model: line for line in lines}
     last = [mean(lines[model], lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))

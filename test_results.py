@@ -220,8 +220,20 @@ def test_natural_images_in_the_report():
                 "{:.2g} by Holm's method, `vitdiffv2` minus `vit` {}, p = {:.2g}", *(
                     figure for row in primary.values() for figure in (interval(row), row.p_holm)))
     lead, half = -primary["vitdiff"].mean, primary["vitdiff"].half
-    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f}) in seeds 3 to 9, as written", lead,
+    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f}) in seeds 3 to 9, as", lead,
                 lead - half, lead + half)
+    everywhere, *others = (stats.compare_lines(lines, figure_of, False) for figure_of in (
+        lambda run: 100 * stats.noise_error(run, stats.plain_corruptions(run.noise), 5),
+        error_under("contrast"), error_under("distractors")))
+    assert_says("runs/README.md", "On photographs it errs more: {}, `vitdiffv2` {}. So they do under distractors: {} "
+                "and {}.", *(interval(rows[model]) for rows in others for model in ("vitdiff", "vitdiffv2")))
+    assert_says("runs/README.md", "no difference of `vitdiff` is to be seen: {}", interval(everywhere["vitdiff"]))
+    contrast = others[0]["vitdiff"]
+    assert_says("README.md", "costs it {:.2f} points ({:.2f} to {:.2f}) on them", contrast.mean,
+                contrast.mean - contrast.half, contrast.mean + contrast.half)
+    for dataset in BOTH:
+        found = stats.compare_lines(lines_of("reference")[dataset], error_under("contrast"), False)["vitdiff"]
+        assert found.mean + found.half < 0
     lines = {line.model: line for line in lines}
     last = [mean(lines[model], lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
             for model, figure in [("vitdiff", "noise_to_signal"), ("vitdiff", "noise_to_signal_1"),

@@ -57,6 +57,8 @@ PLACES = [("reference", MODELS, range(20), BOTH, H100),
     ("reference", ["vit", "vitdiff"], range(3), ["cifar10"], ("3b3c9cc", "x86_64")),
     ("reference", ["vit", "vitdiff"], range(3, 10), ["cifar10"], ("1f67906", "x86_64")),
     ("reference", ["vitdiffv2"], TEN, ["cifar10"], ("1f67906", "x86_64")),
+    ("trials/sizes", [f"{name}{depth}" for depth in (1, 2, 4, 8) for name in ("vitdepth", "vitdiffdepth")], range(5),
+     ["mnist"], ("1f67906", "x86_64")),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
     ("controls", ["vitsum"], TEN, ["fashionmnist"], H100), ("controls", ["vitsum"], TEN, ["mnist"], CPU),
     ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], TEN, BOTH, CPU),
@@ -250,6 +252,29 @@ def test_natural_images_in_the_report():
         for block, figure in itertools.product((0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
             assert not mean(line, lambda run: stats.response_of(
                 run, "gaussian_noise_shift_3", block, figure)) >= 0.001
+
+
+def test_depth_in_the_report():
+    """What the report says of depth is of the records: figures of `vit`, differences of `vitdiff`, and their change."""
+    lines, measures = lines_of("trials/sizes")["mnist"], [accuracy, *map(error_under, PARTS)]
+    models, rows, found = {line.model: line for line in lines}, [], {}
+    for depth in (1, 2, 4, 8):
+        vit, vitdiff = (models[f"{name}depth{depth}"] for name in ("vit", "vitdiff"))
+        found[depth] = [stats.paired_differences(lines, figure_of, [(vitdiff.model, vit.model)])[
+            f"{vitdiff.model} - {vit.model}"] for figure_of in measures]
+        rows.append([str(depth), *(f"{line.runs[0].summary['parameters']:,}" for line in (vit, vitdiff)),
+                     f"{mean(vit, accuracy):.2f}%", *(f"{mean(vit, figure_of):.1f}%" for figure_of in measures[1:]),
+                     *(interval(stats.compare({depth: values}, True)[depth]) for values in found[depth])])
+    assert_table("runs/README.md", rows)
+    changes = [stats.compare({"": [after - before for before, after in zip(*values)]}, True)[""]
+               for values in zip(found[1], found[8])]
+    ratios = [mean(models[f"vitdiffdepth{depth}"], measures[1]) / mean(models[f"vitdepth{depth}"], measures[1])
+              for depth in found]
+    assert_says("runs/README.md", "`vitdiff` makes between {:.2f} and {:.2f} times as many", min(ratios), max(ratios))
+    assert_says("README.md", "under the shift shrinks from {:.1f} points with one block to {:.1f}", *(
+        -statistics.fmean(found[depth][1]) for depth in (1, 8)))
+    assert_says("runs/README.md", "From depth 1 to depth 8 the difference in accuracy changes by {} points, that under "
+                "the shift by {}, that under the fluctuation by {}", *map(interval, changes))
 
 
 def test_brightness_in_the_report():

@@ -268,6 +268,10 @@ def test_depth_in_the_report():
     assert_table("runs/README.md", rows)
     changes = [stats.compare({"": [after - before for before, after in zip(*values)]}, True)[""]
                for values in zip(found[1], found[8])]
+    devices = [[measures[1](runs_of("trials/sizes")["mnist", f"{model}depth2", seed]) - measures[1](
+        runs_of("reference")["mnist", model, seed]) for seed in range(5)] for model in ("vit", "vitdiff")]
+    assert_says("runs/README.md", "they err by {} points (`vit`) and {} (`vitdiff`) more than the same seeds on the "
+                "H100", *(interval(stats.compare({"": values}, False)[""]) for values in devices))
     ratios = [mean(models[f"vitdiffdepth{depth}"], measures[1]) / mean(models[f"vitdepth{depth}"], measures[1])
               for depth in found]
     assert_says("runs/README.md", "`vitdiff` makes between {:.2f} and {:.2f} times as many", min(ratios), max(ratios))

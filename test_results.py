@@ -120,11 +120,11 @@ def side_by_side(found, *cells):
             for name in dict.fromkeys(itertools.chain(*found))]
 
 
-def pairs_compared(place):
-    """{folder: pairs of models} of each command that compares models, in the README of the controls or the faults."""
-    text = (RUNS / place.split("/")[0] / "README.md").read_text()
+def pairs_compared():
+    """{folder: pairs of models} of each command that compares models, in the README of the controls."""
+    text = (RUNS / "controls/README.md").read_text()
     return {(re.findall(r"--out (\S+)", command) or command.split())[0]: re.findall(r"--compare (\w+) (\w+)", command)
-            for command in re.findall(f"python plot.py (runs/{place} .*--compare.*)", text)}
+            for command in re.findall("python plot.py (runs/controls .*--compare.*)", text)}
 
 
 def by_dataset(comparisons, *parts):
@@ -166,7 +166,7 @@ def test_differences_in_the_report():
     assert_says("runs/README.md", "corrected for the eight rows of both data sets, p is {:.3f}",
                 both["fashionmnist", "vitdiff"].p_holm)
     first, second = ([pair for pair in pairs if "vitsumscaled" not in pair]
-                     for pairs in pairs_compared("controls").values())
+                     for pairs in pairs_compared().values())
     accuracies, _ = stats.compare_models(lines_of(*CONTROLS), first)
     _, errors = stats.compare_models(lines_of(*CONTROLS), first + second)
     for found in (by_dataset(accuracies), by_dataset(errors, "shift", "fluctuation")):
@@ -458,7 +458,7 @@ def test_committed_tables():
         for dataset, lines in lines_of(*places).items():
             written |= {f"runs/{places[0]}/{dataset}-{name}.md": text
                         for name, text in stats.make_tables(dataset, lines).items()}
-    for folder, pairs in pairs_compared("controls").items():
+    for folder, pairs in pairs_compared().items():
         written[f"{folder}/comparisons.md"] = stats.comparison_tables(lines_of(*CONTROLS), pairs)
     runs = [run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH]
     written["runs/trials/primary/comparisons.md"] = stats.comparison_tables(

@@ -51,12 +51,17 @@ def test_reference_settings():
 
 
 H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
+H200 = ("f7dba71", "NVIDIA H200")
 TEN = range(10)
 PLACES = [("reference", MODELS, range(20), BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(8), ["clutteredmnist"], OLD),
     ("reference", ["vit", "vitdiff"], range(3), ["cifar10"], ("3b3c9cc", "x86_64")),
     ("reference", ["vit", "vitdiff"], range(3, 10), ["cifar10"], ("1f67906", "x86_64")),
     ("reference", ["vitdiffv2"], TEN, ["cifar10"], ("1f67906", "x86_64")),
+    ("reference", ["vit", "vitdiff"], range(10, 20), ["cifar10"], H200),
+    ("reference", ["vitbalanced", "vitdiffpaper"], TEN, ["cifar10"], H200),
+    ("controls", ["vitboth"], range(20), ["cifar10"], H200),
+    ("controls", ["vitheads", "vitmatched"], TEN, ["cifar10"], H200),
     ("trials/sizes", [f"{name}{depth}" for depth in (1, 2, 4, 8) for name in ("vitdepth", "vitdiffdepth")], range(5),
      ["mnist"], ("1f67906", "x86_64")),
     ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
@@ -120,11 +125,14 @@ def side_by_side(found, *cells):
             for name in dict.fromkeys(itertools.chain(*found))]
 
 
-def pairs_compared():
-    """{folder: pairs of models} of each command that compares models, in the README of the controls."""
+def compared_controls():
+    """{folder: (lines by data set, pairs of models)} of each command of the README of the controls that compares."""
     text = (RUNS / "controls/README.md").read_text()
-    return {(re.findall(r"--out (\S+)", command) or command.split())[0]: re.findall(r"--compare (\w+) (\w+)", command)
-            for command in re.findall("python plot.py (runs/controls .*--compare.*)", text)}
+    return {(re.findall(r"--out (\S+)", command) or command.split())[0]: (
+        {name: lines for name, lines in lines_of(*CONTROLS).items()
+         if name in re.search(r"--dataset ([\w ]+)", command)[1].split()},
+        re.findall(r"--compare (\w+) (\w+)", command))
+        for command in re.findall("python plot.py (runs/controls .*--compare.*)", text)}
 
 
 def by_dataset(comparisons, *parts):
@@ -165,10 +173,11 @@ def test_differences_in_the_report():
         stats.paired_differences(lines_of("reference")[dataset], accuracy).items())}, True)
     assert_says("runs/README.md", "corrected for the eight rows of both data sets, p is {:.3f}",
                 both["fashionmnist", "vitdiff"].p_holm)
-    first, second = ([pair for pair in pairs if "vitsumscaled" not in pair]
-                     for pairs in pairs_compared().values())
-    accuracies, _ = stats.compare_models(lines_of(*CONTROLS), first)
-    _, errors = stats.compare_models(lines_of(*CONTROLS), first + second)
+    compared = compared_controls()
+    (lines, first), (_, second) = (compared[f"runs/controls{folder}"] for folder in ("", "/sign-and-norm"))
+    first, second = ([pair for pair in pairs if "vitsumscaled" not in pair] for pairs in (first, second))
+    accuracies, _ = stats.compare_models(lines, first)
+    _, errors = stats.compare_models(lines, first + second)
     for found in (by_dataset(accuracies), by_dataset(errors, "shift", "fluctuation")):
         assert_table("runs/README.md", side_by_side(found, interval))
     unseen = plot.arrange([run for (_, _, seed), run in runs_of("reference").items() if seed > 4])
@@ -204,54 +213,96 @@ def test_errors_in_the_report():
 
 
 def test_natural_images_in_the_report():
-    """What the report says of CIFAR-10 is of the records: figures of each model, and their differences."""
-    lines = lines_of("reference")["cifar10"]
+    """What README and report say of CIFAR-10 is of the records: figures of each model, and their differences."""
+    def compare(figure_of, pairs, seeds=range(20)):
+        chosen = stats.keep_runs(lines, lambda run: run.settings["seed"] in seeds)
+        return stats.compare(stats.paired_differences(chosen, figure_of, pairs), False)
+
+    def difference(model, other, figure_of, seeds=range(20)):
+        return interval(compare(figure_of, [(model, other)], seeds)[f"{model} - {other}"])
+
+    def say(sentence, *values):
+        assert_says("runs/README.md", sentence, *values)
+
+    lines, fluctuation = lines_of(*CONTROLS)["cifar10"], error_under(PARTS[1])
     names = ["gaussian_noise", *PARTS, "gaussian_noise_unclipped", "image_offset", "patch_offset"]
     assert_table("runs/README.md", [[
         line.model, f"{line.runs[0].summary['parameters']:,}", f"{mean(line, 'test_loss'):.4f}",
         f"{mean(line, 'test_accuracy'):.2%}", *(f"{mean(line, error_under(name)):.1f}%" for name in names)]
         for line in lines])
-    found = [stats.compare_lines(lines, figure_of, False) for figure_of in (accuracy, *map(error_under, names))]
-    assert_table("runs/README.md", side_by_side([
-        {f"{name} - vit": row for name, row in rows.items()} for rows in found], interval))
-    primary = stats.compare_lines(plot.arrange([
-        run for (dataset, model, seed), run in runs_of("reference").items()
-        if dataset == "cifar10" and model in ("vit", "vitdiff", "vitdiffv2") and seed > 2])["cifar10"],
-        error_under(PARTS[1]), False)
-    assert_says("runs/README.md", "over seeds 3 to 9 `vitdiff` minus `vit` is {} points under the fluctuation, p = "
-                "{:.2g} by Holm's method, `vitdiffv2` minus `vit` {}, p = {:.2g}", *(
-                    figure for row in primary.values() for figure in (interval(row), row.p_holm)))
-    lead, half = -primary["vitdiff"].mean, primary["vitdiff"].half
-    assert_says("README.md", "errs less there, too, by {:.2f} points ({:.2f} to {:.2f}) in seeds 3 to 9, as", lead,
-                lead - half, lead + half)
-    everywhere, *others = (stats.compare_lines(lines, figure_of, False) for figure_of in (
-        lambda run: 100 * stats.noise_error(run, stats.plain_corruptions(run.noise), 5),
-        error_under("contrast"), error_under("distractors")))
-    assert_says("runs/README.md", "On photographs it errs more: {}, `vitdiffv2` {}. So they do under distractors: {} "
-                "and {}.", *(interval(rows[model]) for rows in others for model in ("vitdiff", "vitdiffv2")))
-    assert_says("runs/README.md", "no difference of `vitdiff` is to be seen: {}", interval(everywhere["vitdiff"]))
-    contrast = others[0]["vitdiff"]
-    assert_says("README.md", "costs it {:.2f} points ({:.2f} to {:.2f}) on them", contrast.mean,
-                contrast.mean - contrast.half, contrast.mean + contrast.half)
-    for dataset in BOTH:
-        found = stats.compare_lines(lines_of("reference")[dataset], error_under("contrast"), False)["vitdiff"]
-        assert found.mean + found.half < 0
-    lines = {line.model: line for line in lines}
-    last = [mean(lines[model], lambda run: stats.response_of(run, "gaussian_noise_fluctuation_3", 1, figure))
-            for model, figure in [("vitdiff", "noise_to_signal"), ("vitdiff", "noise_to_signal_1"),
-                                  ("vit", "noise_to_signal"), ("vitdiff", "noise_cosine"),
-                                  ("vitdiff", "signal_cosine")]]
-    assert_says("runs/README.md", "the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of "
-                "`vit` {:.2f}. The changes of both branches have a cosine of {:.2f}, their clean signals of {:.2f}",
-                *last)
-    assert_says("runs/README.md", "of `vitdiff` differ more: {:.2f}% to {:.2f}%, those of `vit` {:.2f}% to {:.2f}%", *(
-        end(map(accuracy, lines[model].runs)) for model in ("vitdiff", "vit") for end in (min, max)))
-    for line in lines.values():
+    controls, pairs = compared_controls()["runs/controls/cifar10"]
+    shown = [*((model, "vit") for model in ("vitdiff", "vitdiffv2", "vitdiffpaper", "vitbalanced")), *pairs]
+    assert_table("runs/README.md", side_by_side([compare(figure_of, shown) for figure_of in (
+        accuracy, *map(error_under, [*PARTS, "contrast", "distractors"]))], interval))
+    primary = compare(fluctuation, [(model, "vit") for model in ("vitdiff", "vitdiffv2")], range(3, 10))
+    say("over seeds 3 to 9 `vitdiff` minus `vit` is {} points under the fluctuation, p = {:.2g} by Holm's method, "
+        "`vitdiffv2` minus `vit` {}, p = {:.2g}", *(
+            figure for row in primary.values() for figure in (interval(row), row.p_holm)))
+    say("on another device, `vitdiff` errs less again, as was expected: {}.",
+        difference("vitdiff", "vit", fluctuation, range(10, 20)))
+    say("all on one device, by {}.", difference("vitboth", "vitdiff", accuracy, range(10, 20)).removeprefix("+"))
+    accuracies, errors = stats.compare_models(controls, pairs)
+    assert accuracies["CIFAR-10", "vitdiff - vitboth"].better == 0
+    say("is not shown (p = {:.2f} [by Holm]", errors["CIFAR-10", "vitdiff - vitmatched", "fluctuation"].p_holm)
+    assert errors["CIFAR-10", "vitmatched - vit", "fluctuation"].p_holm > 0.05
+    lead = functools.partial(compare, accuracy)
+    say("and ahead of it by {:.2f} points", lead([("vitheads", "vit")])["vitheads - vit"].mean)
+    say("and is ahead of `vitdiff` by {:.2f} points, in all 20 seeds", lead([("vitboth", "vitdiff")])[
+        "vitboth - vitdiff"].mean)
+    say("it is worth {:.2f} points", lead([("vitmatched", "vit")])["vitmatched - vit"].mean)
+    say("is behind it by {:.2f} points", lead([("vit", "vitdiffpaper")])["vit - vitdiffpaper"].mean)
+    say("errs less than `vitboth` (expected) by {:.2f} points", compare(fluctuation, [("vitboth", "vitdiff")])[
+        "vitboth - vitdiff"].mean)
+    for sentence, folders, model, other in [
+            ("On MNIST and Fashion-MNIST that lead was {:.2f} and {:.2f} points", CONTROLS, "vitboth", "vitdiff"),
+            ("on MNIST and Fashion-MNIST it was behind by {:.2f} and {:.2f}.", ["reference"], "vit", "vitdiffpaper")]:
+        say(sentence, *(statistics.fmean(stats.paired_differences(
+            lines_of(*folders)[dataset], accuracy, [(model, other)])[f"{model} - {other}"]) for dataset in BOTH))
+    models = {line.model: line for line in lines}
+    say("`vitheads` and `vitboth` have {:.2f}% and {:.2f}% by the recipe", *(
+        mean(models[model], accuracy) for model in ("vitheads", "vitboth")))
+    say("its seeds differ widely: {:.2f}% to {:.2f}%, those of `vitdiff` {:.2f}% to {:.2f}%, of `vit` {:.2f}% to "
+        "{:.2f}%.", *(end(map(accuracy, models[model].runs)) for model in ("vitdiffpaper", "vitdiff", "vit")
+                      for end in (min, max)))
+    within = sorted(statistics.correlation(*([figure(run) for run in line.runs] for figure in (accuracy, fluctuation)))
+                    for line in lines)
+    say("correlate by {:+.2f}; over the seeds of a model by {:+.2f} to {:+.2f}", statistics.correlation(
+        *([mean(line, figure) for line in lines] for figure in (accuracy, fluctuation))), within[0], within[-1])
+
+    def response(line, figure="noise_to_signal", part=PARTS[1], block=1):
+        return mean(line, lambda run: stats.response_of(run, f"{part}_3", block, figure))
+
+    say("the output has {:.2f} of noise to signal, the first branch {:.2f}, the heads of `vit` {:.2f}, of `vitboth` "
+        "{:.2f}, of `vitmatched` {:.2f}. The changes of both branches of `vitdiff` have a cosine of {:.2f}, their "
+        "clean signals of {:.2f}", response(models["vitdiff"]), response(models["vitdiff"], "noise_to_signal_1"),
+        *(response(models[model]) for model in ("vit", "vitboth", "vitmatched")),
+        *(response(models["vitdiff"], figure) for figure in ("noise_cosine", "signal_cosine")))
+    say("over the eight models, by {:.2f}.", statistics.correlation(*zip(*(
+        (mean(line, lambda run: math.log(stats.response_of(run, f"{PARTS[1]}_3", 1, "noise_to_signal"))),
+         mean(line, lambda run: 1 - run.noise[PARTS[1]][2])) for line in lines))))
+    for line in lines:
         for run in line.runs:  # expected: under the shift within half a point of clean images
-            assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.5
+            assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.2
         for block, figure in itertools.product((0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
-            assert not mean(line, lambda run: stats.response_of(
-                run, "gaussian_noise_shift_3", block, figure)) >= 0.001
+            assert not response(line, figure, PARTS[0], block) >= 0.001
+
+    def everywhere(run):
+        return 100 * stats.noise_error(run, stats.plain_corruptions(run.noise), 5)
+
+    say("no difference from `vit` ({}) or `vitboth` ({}) is to be seen", *(
+        difference("vitdiff", other, everywhere) for other in ("vit", "vitboth")))
+    for dataset in BOTH:
+        row = stats.compare_lines(lines_of("reference")[dataset], error_under("contrast"), False)["vitdiff"]
+        assert row.mean + row.half < 0
+    for sentence, row in [
+            ("On photographs (CIFAR-10) `vitboth` is ahead of it by {} points ({} to {})", lead(
+                [("vitboth", "vitdiff")])["vitboth - vitdiff"]),
+            ("errs less there, too, by {} points ({} to {}) in seeds 3 to 9, as", compare(
+                fluctuation, [("vit", "vitdiff")], range(3, 10))["vit - vitdiff"]),
+            ("on MNIST, costs it {} points ({} to {}).", compare(error_under("contrast"), [("vitdiff", "vit")])[
+                "vitdiff - vit"])]:
+        assert_says("README.md", sentence, *(
+            f"{value:.2f}" for value in (row.mean, row.mean - row.half, row.mean + row.half)))
 
 
 def test_depth_in_the_report():
@@ -458,8 +509,10 @@ def test_committed_tables():
         for dataset, lines in lines_of(*places).items():
             written |= {f"runs/{places[0]}/{dataset}-{name}.md": text
                         for name, text in stats.make_tables(dataset, lines).items()}
-    for folder, pairs in pairs_compared().items():
-        written[f"{folder}/comparisons.md"] = stats.comparison_tables(lines_of(*CONTROLS), pairs)
+    for folder, (lines, pairs) in compared_controls().items():
+        written[f"{folder}/comparisons.md"] = stats.comparison_tables(lines, pairs)
+        written |= {f"{folder}/{dataset}-{name}.md": text for dataset in lines
+                    for name, text in stats.make_tables(dataset, lines[dataset]).items()}
     runs = [run for (dataset, _, seed), run in runs_of("reference").items() if seed and dataset in BOTH]
     written["runs/trials/primary/comparisons.md"] = stats.comparison_tables(
         plot.arrange(runs), [("vitdiff", "vit"), ("vitdiffv2", "vit")])

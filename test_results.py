@@ -335,8 +335,8 @@ def test_shared_changes_in_the_report():
         recorded = [100 * (1 - runs_of(place)["cifar10", model, seed].noise[PARTS[1]][2]) for seed in range(10, 20)]
         assert errors[model]["left"] == pytest.approx(statistics.fmean(recorded), abs=0.02)
     assert_says("README.md", "`vitdiff` leaves, against the signal, {5} instead of {0} under the shift on MNIST and, "
-                "under the fluctuation, {8} instead of {3} on Fashion-MNIST and {9} instead of {4} on photographs. There "
-                "it errs less than `vitboth` by {10:.1f} points, without that part more.", *rows["vit"][1::2],
+                "under the fluctuation, {8} instead of {3} on Fashion-MNIST and {9} instead of {4} on photographs. "
+                "There it errs less than `vitboth` by {10:.1f} points, without that part more.", *rows["vit"][1::2],
                 *rows["vitdiff"][1::2], left)
 
 
@@ -450,8 +450,8 @@ def test_checks():
         cells = [f"{found[part, dataset, model][exchange]:.1f}%" for dataset in BOTH
                  for model in ("vit", "vitdiff", "vitdiffv2")]
         assert_says("runs/README.md", f"| {part}, {name} | {' | '.join(cells)} |")
-    assert_says("README.md", "errs in {undone:.1f}% of MNIST's images under the shift of severity 3, not in {left:.1f}%.",
-                **found["shift", "mnist", "vitdiff"])
+    assert_says("README.md", "errs in {undone:.1f}% of MNIST's images under the shift of severity 3, not in "
+                "{left:.1f}%.", **found["shift", "mnist", "vitdiff"])
     for block, models, sentence in [
             (0, [], "the shift is left at {:.1f} to {:.1f} times 1 - lambda"),
             (1, ["vitsum", "vitdiffabs", "vitcentered"],

@@ -2,21 +2,20 @@
 
     python runs/trials/checks/common.py FOLDER      writes common.csv beside this file
 
-FOLDER has runs on CIFAR-10 with weights. Each test image goes through a model as it is and under the fluctuation of
-Gaussian noise of severity 3. In each block the change that this makes in the outputs of the heads, before norm and
-projection, has a part that all images share, its mean over them (common), and the rest (own). On the way of the noisy
-images the outputs are (left) left as they are, or the change is exchanged for its (own) or (common) part alone. Mean
-test error in percent over the seeds, and half its 95% interval.
+FOLDER has runs on CIFAR-10 with weights. Each test image goes through a model as it is and, three ways, under the
+fluctuation of Gaussian noise of severity 3. In each block, what a noisy way changes in the outputs of the heads, before
+norm and projection, has a part that all images share at a token, its mean over them (common), and the rest (own). A way
+keeps (left) both, or its (own) or (common) part alone, in the second block of what the first block made of that way.
+Noise that goes around the heads, through the residual stream, stays. Test error in percent, a row a run.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from intervention import HERE, analysis, data, finish, records, stats
+from intervention import HERE, analysis, data, finish, records
 
 CHANGES = {"left": lambda change: change, "own": lambda change: change - change.mean(0),
            "common": lambda change: change.mean(0)}
@@ -27,9 +26,8 @@ def by_parts(function, *tensors):
     return torch.cat([function(*part) for part in zip(*(tensor.split(500) for tensor in tensors))])
 
 
-def errors_of(run, labels, clean, noisy):
-    """Test error in percent: {change: error}, clean (not noisy) among them; images (B, C, H, W)."""
-    settings, _ = records.read_config(run)
+def errors_of(run, settings, labels, clean, noisy):
+    """Test error in percent: {way: error}, of the clean images (B, C, H, W) and of the noisy ones."""
     model = analysis.load_model(run, settings, torch.device("cpu")).eval()
     ways = {name: by_parts(model.embed, noisy) for name in CHANGES}
     ways = {"clean": by_parts(model.embed, clean)} | ways
@@ -46,21 +44,18 @@ def errors_of(run, labels, clean, noisy):
 
 @torch.no_grad()
 def main(folder):
-    rows, runs = [], {}
-    for run in sorted(folder.glob("cifar10-*-seed*")):
-        settings, _ = records.read_config(run)
-        if settings["plugin"] and settings["model"] not in runs:
-            records.execute_plugin(records.find_run_plugin(run, settings["plugin"]))
-        runs.setdefault(settings["model"], []).append(run)
+    runs, rows, plugins = sorted(folder.glob("cifar10-*-seed*")), [], set()
+    settings, _ = records.read_config(runs[0])
     split = data.load_splits("cifar10", HERE.parents[3] / "data", torch.device("cpu"))["test"]
     clean, noisy = (torch.cat([images for images, _ in data.evaluation_batches(split, settings, *corrupted)])
                     for corrupted in [(), ("gaussian_noise_fluctuation", 3)])
-    for model, folders in runs.items():
-        found = [errors_of(run, split.labels, clean, noisy) for run in folders]
-        rows.append(dict(model=model, seeds=len(found)))
-        for name in found[0]:
-            errors = [each[name] for each in found]
-            rows[-1] |= {name: statistics.fmean(errors), f"{name}_half": stats.half_interval(errors)}
+    for run in runs:
+        settings, _ = records.read_config(run)
+        if settings["plugin"] and settings["plugin"] not in plugins:
+            records.execute_plugin(records.find_run_plugin(run, settings["plugin"]))
+            plugins.add(settings["plugin"])
+        rows.append(dict(model=settings["model"], seed=settings["seed"]) | errors_of(
+            run, settings, split.labels, clean, noisy))
         print(*rows[-1].values(), flush=True)
     records.write_csv(HERE.parent / "common.csv", rows, number="{:.2f}")
 

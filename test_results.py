@@ -191,6 +191,13 @@ def test_differences_in_the_report():
                 found.mean - found.half, found.mean + found.half)
 
 
+def response_with_error(lines, part):
+    """How the logarithm of noise to signal in the last block correlates with the error at severity 3, over models."""
+    return statistics.correlation(*zip(*(
+        (mean(line, lambda run: math.log(stats.response_of(run, f"{part}_3", 1, "noise_to_signal"))),
+         mean(line, lambda run: 1 - run.noise[part][2])) for line in lines)))
+
+
 def test_errors_in_the_report():
     """The report's tables of errors and of the response of the branches have the figures of the records."""
     errors, response, correlations = {}, {}, []
@@ -204,9 +211,7 @@ def test_errors_in_the_report():
             name = f"{part.split('_')[-1]}, {line.model}"
             found = [mean(line, lambda run: stats.response_of(run, f"{part}_3", 1, figure)) for figure in figures]
             response.setdefault(name, [name]).extend("" if math.isnan(value) else f"{value:.2f}" for value in found)
-        correlations += [statistics.correlation(*zip(*(
-            (mean(line, lambda run: math.log(stats.response_of(run, f"{part}_3", 1, "noise_to_signal"))),
-             mean(line, lambda run: 1 - run.noise[part][2])) for line in lines))) for part in PARTS]
+        correlations += [response_with_error(lines, part) for part in PARTS]
     assert_table("runs/README.md", errors.values())
     assert_table("runs/README.md", response.values())
     assert_says("runs/README.md", "by {:.2f} (shift) and {:.2f} (fluctuation) on MNIST and by {:.2f} and {:.2f} on "
@@ -220,7 +225,7 @@ def test_natural_images_in_the_report():
         return stats.compare(stats.paired_differences(chosen, figure_of, pairs), False)
 
     def difference(model, other, figure_of, seeds=range(20)):
-        return interval(compare(figure_of, [(model, other)], seeds)[f"{model} - {other}"])
+        return compare(figure_of, [(model, other)], seeds)[f"{model} - {other}"]
 
     def say(sentence, *values):
         assert_says("runs/README.md", sentence, *values)
@@ -240,27 +245,25 @@ def test_natural_images_in_the_report():
         "`vitdiffv2` minus `vit` {}, p = {:.2g}", *(
             figure for row in primary.values() for figure in (interval(row), row.p_holm)))
     say("on another device, `vitdiff` errs less again, as was expected: {}.",
-        difference("vitdiff", "vit", fluctuation, range(10, 20)))
-    say("all on one device, by {}.", difference("vitboth", "vitdiff", accuracy, range(10, 20)).removeprefix("+"))
+        interval(difference("vitdiff", "vit", fluctuation, range(10, 20))))
+    say("all on one device, by {}.",
+        interval(difference("vitboth", "vitdiff", accuracy, range(10, 20))).removeprefix("+"))
     accuracies, errors = stats.compare_models(controls, pairs)
     assert accuracies["CIFAR-10", "vitdiff - vitboth"].better == 0
     say("is not shown (p = {:.2f} [by Holm]", errors["CIFAR-10", "vitdiff - vitmatched", "fluctuation"].p_holm)
     assert errors["CIFAR-10", "vitmatched - vit", "fluctuation"].p_holm > 0.05
     say("`vitmatched` gains {:.2f} of the {:.2f} points that `vitdiff` gains over `vit`", *(
-        compare(fluctuation, [("vit", model)], range(10))[f"vit - {model}"].mean
-        for model in ("vitmatched", "vitdiff")))
-    lead = functools.partial(compare, accuracy)
-    say("and ahead of it by {:.2f} points", lead([("vitheads", "vit")])["vitheads - vit"].mean)
-    say("and is ahead of `vitdiff` by {:.2f} points, in all 20 seeds", lead([("vitboth", "vitdiff")])[
-        "vitboth - vitdiff"].mean)
-    assert_says("README.md", "on photographs better by {:.1f} points", lead([("vitboth", "vitdiff")])[
-        "vitboth - vitdiff"].mean)
-    say("it is worth {:.2f} points", lead([("vitmatched", "vit")])["vitmatched - vit"].mean)
+        difference("vit", model, fluctuation, range(10)).mean for model in ("vitmatched", "vitdiff")))
+    lead = difference("vitboth", "vitdiff", accuracy)
+    say("and ahead of it by {:.2f} points", difference("vitheads", "vit", accuracy).mean)
+    say("and is ahead of `vitdiff` by {:.2f} points, in all 20 seeds", lead.mean)
+    assert_says("README.md", "on photographs better by {:.1f} points", lead.mean)
+    say("it is worth {:.2f} points", difference("vitmatched", "vit", accuracy).mean)
     say("it has one, of {:.2f} points (p = {:.3f} by Holm)", -accuracies["CIFAR-10", "vitdiff - vitmatched"].mean,
         accuracies["CIFAR-10", "vitdiff - vitmatched"].p_holm)
-    say("is behind it by {:.2f} points", lead([("vit", "vitdiffpaper")])["vit - vitdiffpaper"].mean)
-    say("errs more than `vit`, and more than `vitdiff` (expected) by {:.2f} points", compare(
-        fluctuation, [("vitboth", "vitdiff")])["vitboth - vitdiff"].mean)
+    say("is behind it by {:.2f} points", difference("vit", "vitdiffpaper", accuracy).mean)
+    say("errs more than `vit`, and more than `vitdiff` (expected) by {:.2f} points",
+        difference("vitboth", "vitdiff", fluctuation).mean)
     for sentence, folders, model, other in [
             ("On MNIST and Fashion-MNIST that lead was {:.2f} and {:.2f} points", CONTROLS, "vitboth", "vitdiff"),
             ("on MNIST and Fashion-MNIST it was behind by {:.2f} and {:.2f}.", ["reference"], "vit", "vitdiffpaper")]:
@@ -285,11 +288,9 @@ def test_natural_images_in_the_report():
         "`vitboth` {:.2f}, of `vitmatched` {:.2f} (", response(models["vitdiff"]),
         response(models["vitdiff"], "noise_to_signal_1"),
         *(response(models[model]) for model in ("vit", "vitboth", "vitmatched")))
-    say("over the eight models, by {:.2f}.", statistics.correlation(*zip(*(
-        (mean(line, lambda run: math.log(stats.response_of(run, f"{PARTS[1]}_3", 1, "noise_to_signal"))),
-         mean(line, lambda run: 1 - run.noise[PARTS[1]][2])) for line in lines))))
+    say("over the eight models, by {:.2f}.", response_with_error(lines, PARTS[1]))
     for line in lines:
-        for run in line.runs:  # expected: under the shift within half a point of clean images
+        for run in line.runs:  # expected: under the shift within half a point of clean images; found: less
             assert abs(error_under(PARTS[0])(run) - (100 - accuracy(run))) < 0.2
         for block, figure in itertools.product((0, 1), ("noise_to_signal_1", "noise_to_signal_2", "noise_to_signal")):
             assert not response(line, figure, PARTS[0], block) >= 0.001
@@ -298,20 +299,18 @@ def test_natural_images_in_the_report():
         return 100 * stats.noise_error(run, stats.plain_corruptions(run.noise), 5)
 
     say("no difference from `vit` ({}) or `vitboth` ({}) is to be seen, and `vitmatched` errs least: `vitdiff` minus "
-        "it is {} (", *(difference("vitdiff", other, everywhere) for other in ("vit", "vitboth", "vitmatched")))
+        "it is {} (", *(interval(difference("vitdiff", other, everywhere))
+                        for other in ("vit", "vitboth", "vitmatched")))
     assert min(models.values(), key=lambda line: mean(line, everywhere)).model == "vitmatched"
     for dataset in BOTH:
         row = stats.compare_lines(lines_of("reference")[dataset], error_under("contrast"), False)["vitdiff"]
         assert row.mean + row.half < 0
     for sentence, row in [
-            ("On photographs (CIFAR-10) `vitboth` is ahead of it by {} points ({} to {})", lead(
-                [("vitboth", "vitdiff")])["vitboth - vitdiff"]),
-            ("errs less there, too, by {} points ({} to {}) in seeds 3 to 9, as", compare(
-                fluctuation, [("vit", "vitdiff")], range(3, 10))["vit - vitdiff"]),
-            ("written down before, by {} in all 20 ({} to {})", compare(
-                fluctuation, [("vit", "vitdiff")])["vit - vitdiff"]),
-            ("gains on MNIST, costs it {} points ({} to {}).", compare(error_under("contrast"), [("vitdiff", "vit")])[
-                "vitdiff - vit"])]:
+            ("On photographs (CIFAR-10) `vitboth` is ahead of it by {} points ({} to {})", lead),
+            ("errs less there, too, by {} points ({} to {}) in seeds 3 to 9, as",
+             difference("vit", "vitdiff", fluctuation, range(3, 10))),
+            ("written down before, by {} in all 20 ({} to {})", difference("vit", "vitdiff", fluctuation)),
+            ("gains on MNIST, costs it {} points ({} to {}).", difference("vitdiff", "vit", error_under("contrast")))]:
         assert_says("README.md", sentence, *(
             f"{value:.2f}" for value in (row.mean, row.mean - row.half, row.mean + row.half)))
 
@@ -337,7 +336,7 @@ def test_shared_changes_in_the_report():
     """What README and report say of changes that all images share is of the records, and of the table without them."""
     def cells(model, dataset, part, ending=""):
         found = shared_and_own(ending)[dataset, model, f"{part}_3"]
-        assert len(found) == len({line.model: line for line in lines_of(*CONTROLS)[dataset]}[model].runs)
+        assert len(found) == sum(key[:2] == (dataset, model) for key in runs_of(*CONTROLS))
         return [f"{statistics.fmean(values):.2f}" for values in zip(*found)]
 
     def difference(other, name):

@@ -29,8 +29,7 @@ def by_parts(function, *tensors):
 def errors_of(run, settings, labels, clean, noisy):
     """Test error in percent: {way: error}, of the clean images (B, C, H, W) and of the noisy ones."""
     model = analysis.load_model(run, settings, torch.device("cpu")).eval()
-    ways = {name: by_parts(model.embed, noisy) for name in CHANGES}
-    ways = {"clean": by_parts(model.embed, clean)} | ways
+    ways = {"clean": by_parts(model.embed, clean)} | dict.fromkeys(CHANGES, by_parts(model.embed, noisy))
     for block in model.blocks:
         heads = {name: by_parts(lambda x: sum(block.attn.branches(block.norm1(x))), x) for name, x in ways.items()}
         for name, change in CHANGES.items():
@@ -38,22 +37,21 @@ def errors_of(run, settings, labels, clean, noisy):
         for name, x in ways.items():
             x = x + by_parts(lambda outputs: finish(block.attn, outputs), heads[name])
             ways[name] = by_parts(lambda x: x + block.mlp(block.norm2(x)), x)
-    return {name: 100 * (by_parts(lambda x: model.head(model.norm(x[:, 0])).argmax(1), x) != labels).float().mean().item()
-            for name, x in ways.items()}
+    answers = {name: by_parts(lambda x: model.head(model.norm(x[:, 0])).argmax(1), x) for name, x in ways.items()}
+    return {name: 100 * (found != labels).float().mean().item() for name, found in answers.items()}
 
 
 @torch.no_grad()
 def main(folder):
-    runs, rows, plugins = sorted(folder.glob("cifar10-*-seed*")), [], set()
+    runs, rows = sorted(folder.glob("cifar10-*-seed*")), []
     settings, _ = records.read_config(runs[0])
     split = data.load_splits("cifar10", HERE.parents[3] / "data", torch.device("cpu"))["test"]
     clean, noisy = (torch.cat([images for images, _ in data.evaluation_batches(split, settings, *corrupted)])
                     for corrupted in [(), ("gaussian_noise_fluctuation", 3)])
     for run in runs:
         settings, _ = records.read_config(run)
-        if settings["plugin"] and settings["plugin"] not in plugins:
+        if settings["plugin"]:
             records.execute_plugin(records.find_run_plugin(run, settings["plugin"]))
-            plugins.add(settings["plugin"])
         rows.append(dict(model=settings["model"], seed=settings["seed"]) | errors_of(
             run, settings, split.labels, clean, noisy))
         print(*rows[-1].values(), flush=True)

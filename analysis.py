@@ -1,173 +1,28 @@
-"""What a trained model does under corruption, what it attends to and how the branches of its heads respond to noise:
-noise.csv, attention.csv, attention.npz and response.csv of a run.
+"""What a trained model does under corruption, what it attends to and how the branches of its heads respond to noise.
 
     python analysis.py runs/mnist-vitdiff-seed0
 
-tests the run's best weights again, prints the figures beside those recorded, and writes the analysis; train.py does so
-at the end of each run. The model is made from config.json, and from the plugin that is kept beside the run.
+tests the run's best weights again, prints the figures beside those recorded, and writes the files of ANALYSES; train.py
+does so at the end of each run. The model is made from config.json, and from the plugin that is kept beside the run.
 """
 
-import argparse
-import contextlib
 import itertools
 import math
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
+import command
+import corruptions
 import data
 import machine
 import records
-from diff_attention import SizeError
-from records import UserError
-from vit import MODELS, build_model, offers_branches
-
-
-def make_model(settings):
-    """The untrained model of a run, on the CPU, its weights drawn from the run's seed."""
-    dataset = data.DATASETS[settings["dataset"]]
-    torch.manual_seed(settings["seed"])
-    return build_model(settings["model"], image_size=dataset["image_size"], in_channels=dataset["in_channels"],
-                       num_classes=dataset["num_classes"], **{name: settings[name] for name in records.MODEL_SETTINGS})
-
-
-def load_model(folder, settings, device):
-    """The model of a run with its best weights, on the device."""
-    model = make_model(settings).to(device)
-    weights = records.read_checkpoint(folder / "best.pt")
-    with records.reading(folder / "best.pt"):
-        model.load_state_dict(weights)
-    return model
-
-
-def empty_images(settings, *batch):
-    """Images (*batch, C, H, W) of the run's data set, of no content."""
-    dataset = data.DATASETS[settings["dataset"]]
-    return torch.empty(*batch, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
-
-
-def count_tokens(settings):
-    """Tokens of an image, the class token among them."""
-    return (data.DATASETS[settings["dataset"]]["image_size"] // settings["patch_size"]) ** 2 + 1
-
-
-def check_maps(model, name):
-    """Raise a UserError unless the attention of the model can be analysed."""
-    for block in model.blocks:
-        if not hasattr(block.attn, "attention_map"):
-            raise UserError(f"{name}: {type(block.attn).__name__} has no attention_map(x), which the analysis needs: "
-                            "write it, or train with --no-analysis")
-
-
-def measure_model(settings, with_maps=False):
-    """The model's parameters and the FLOPs of its forward pass for an image, without memory or arithmetic.
-
-    Raises:
-        UserError: if the sizes do not fit together, or `with_maps` and an attention has no attention_map.
-    """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        try:
-            model = make_model(settings)
-        except SizeError as error:
-            raise UserError(f"{settings['model']} on {settings['dataset']}: {error}") from None
-        model(empty_images(settings, 1))
-    if with_maps:
-        check_maps(model, settings["model"])
-    return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
-                flops_per_image=counter.get_total_flops())
-
-
-@torch.inference_mode()
-def check_lambdas(settings, device):
-    """Raise a UserError unless the untrained model's mean lambdas are numbers that its record can hold."""
-    model = make_model(settings).to(device).eval()
-    for value in model.mean_lambdas(empty_images(settings, 2).zero_().to(device)):
-        if not records.is_finite(value.item()):
-            raise UserError(f"{settings['model']}: mean_lambda is {value.item()} before the first step: a record needs "
-                            "a finite number")
-
-
-# The models of a stack of seeds, each on the same images.
-
-class Call(nn.Module):
-    """A function of a model and tensors as a module of tensors, so that it can be called with other weights."""
-
-    def __init__(self, model, function):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, *tensors):
-        return self.function(self.model, *tensors)
-
-
-def is_mapped(models):
-    """Whether models are mapped over a batch rather than called one after the other: where to start an operation takes
-    longer than to compute it. On a CPU, batches fill the caches, and mapped models take a third longer."""
-    return len(models) > 1 and any(parameter.is_cuda for parameter in models[0].parameters())
-
-
-def map_models(models, function):
-    """The function of tensors that does what function(model, *tensors), which returns a list of tensors, does for each
-    of S models of one architecture, without dropout: it returns a list of tensors (S, ...)."""
-    calls = [Call(model, function).eval() for model in models]
-
-    def call_each(*tensors):
-        return [torch.stack(results) for results in zip(*(call(*tensors) for call in calls))]
-
-    def call_all(*tensors):
-        with contextlib.suppress(RuntimeError):
-            return torch.vmap(functional_call, in_dims=(None, 0, None))(calls[0], weights, tensors)
-        return call_each(*tensors)  # where there is no memory for all at once, or an attention cannot be mapped
-
-    if not is_mapped(models):
-        return call_each
-    weights = stack_module_state(calls)
-    return call_all
-
-
-def total(batches):
-    """The sum of tensors over the batches, as a CPU tensor in float64: one copy from the device."""
-    return torch.stack(batches).cpu().double().sum(0)
-
-
-# Loss, accuracy and lambda.
-
-def evaluate_batch(model, images, labels, settings):
-    """The sum of the losses of a batch, and the number of correct answers: images (B, C, H, W), labels (B,)."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"], reduction="sum")
-    return [loss, (logits.argmax(1) == labels).type_as(loss).sum()]
-
-
-def batch_evaluation(models, settings):
-    """The function of a batch, images (B, C, H, W) and labels (B,), that returns sums of loss and of correct answers
-    (2, S)."""
-    evaluate_models = map_models(models, lambda *batch: evaluate_batch(*batch, settings))
-    return lambda images, labels: torch.stack(evaluate_models(images, labels))
-
-
-@torch.no_grad()
-def evaluate(models, split, settings):
-    """Loss and accuracy of each model, means over all images of a split, in float32: a list of pairs."""
-    evaluate_models = batch_evaluation(models, settings)
-    sums = [evaluate_models(*batch) for batch in data.evaluation_batches(split, settings)]
-    return (total(sums) / len(split.labels)).T.tolist()
-
-
-@torch.no_grad()
-def measure_lambdas(models, split, settings):
-    """The mean weight of the second map over the images of a split: of each model a float for each differential block.
-    """
-    mean_lambdas = map_models(models, type(models[0]).mean_lambdas)
-    batches = [[len(labels) * block for block in mean_lambdas(images)]
-               for images, labels in data.evaluation_batches(split, settings)]
-    blocks = [total(block) / len(split.labels) for block in zip(*batches)]
-    return [[block[i].item() for block in blocks] for i in range(len(models))]
+import stack
+from command import UserError
+from vit import MODELS, ViT, offers
 
 
 # What the class token attends to.
@@ -180,7 +35,7 @@ def attention_conditions(settings):
                 | {"gaussian_noise_3": (settings, "gaussian_noise", 3)})
     return ({"clean": (settings, None, 0)}
             | {f"{name}_3": (settings, name, 3) for name in ("gaussian_noise", "distractors")
-               if name in data.corruptions_of(settings["dataset"])})
+               if name in corruptions.corruptions_of(settings["dataset"])})
 
 
 def attention_batches(split, settings, shown, corruption, severity):
@@ -188,7 +43,7 @@ def attention_batches(split, settings, shown, corruption, severity):
     which of their patches have any of the object, and anything at all before the corruption, (B, P)."""
     for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
         relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
-        corrupted = data.corrupt(pixels, corruption, severity, first, split, shown)
+        corrupted = corruptions.corrupt(pixels, corruption, severity, first, split, shown)
         images = data.normalize(corrupted, settings["dataset"])
         yield from data.cache_sized(images, relevant, ink)
 
@@ -225,15 +80,14 @@ def sum_attention(model, images, relevant, ink):
 
 
 @torch.no_grad()
-def measure_attention(models, split, settings):
+def measure_attention(net, split, settings):
     """The rows of attention.csv of each model: means over a split, one row for each condition, block and head."""
     *names, ratio = records.ATTENTION_FIGURES
-    sum_models = map_models(models, sum_attention)
-    tables = [[] for _ in models]
+    tables = [[] for _ in net.models]
     for condition, shown in attention_conditions(settings).items():
-        batches = [sum_models(*batch) for batch in attention_batches(split, settings, *shown)]
+        batches = [net.map(sum_attention, *batch) for batch in attention_batches(split, settings, *shown)]
         for block, sums in enumerate(zip(*batches)):
-            for table, means in zip(tables, total(sums) / len(split.labels)):  # (figures, H)
+            for table, means in zip(tables, stack.total(sums) / len(split.labels)):  # (figures, H)
                 for head, figures in enumerate(means.T.tolist()):
                     row = dict(condition=condition, block=block, head=head, **dict(zip(names, figures)))
                     row["lambda"] = round(row["lambda"], 6) + 0.0  # rounding errors of self-attention, and never -0
@@ -242,34 +96,35 @@ def measure_attention(models, split, settings):
 
 
 @torch.no_grad()
-def picture_attention(model, split, settings):
-    """The arrays of attention.npz, of the first image of each of the first eight classes, or of fewer where the split
-    has fewer: images (8, C, H, W) in bytes, labels (8,), and for each block map_0, map_1, ... (8, H, N, N) in float16.
-    """
-    model.eval()
+def picture_attention(net, split, settings):
+    """The arrays of attention.npz of each model, of the first image of each of the first eight classes, or of fewer
+    where the split has fewer: images (8, C, H, W) in bytes, labels (8,), and for each block map_0, map_1, ...
+    (8, H, N, N) in float16."""
     places = [(split.labels == label).nonzero()[0].item() for label in split.labels.unique()[:8]]
     batches = itertools.islice(data.evaluation_pixels(split, settings), max(places) // data.EVALUATION_BATCH + 1)
     found = {place: pixels[place - first] for first, pixels in batches for place in places
              if first <= place < first + len(pixels)}
     pixels = torch.stack([found[place] for place in places])
-    maps = model.attention_maps(data.normalize(pixels, settings["dataset"]))
-    return dict(images=pixels.byte().cpu().numpy(), labels=split.labels[places].cpu().numpy(),
-                **{f"map_{block}": attention_map.half().cpu().numpy() for block, attention_map in enumerate(maps)})
+    shown = dict(images=pixels.byte().cpu().numpy(), labels=split.labels[places].cpu().numpy())
+    blocks = net.map(ViT.attention_maps, data.normalize(pixels, settings["dataset"]))  # (S, 8, H, N, N) each
+    return [shown | {f"map_{block}": maps.half().cpu().numpy() for block, maps in enumerate(of_model)}
+            for of_model in zip(*blocks)]
 
 
 # What corruption does, to the answers and inside.
 
 @torch.no_grad()
-def measure_noise(models, split, settings):
-    """The rows of noise.csv of each model: loss and accuracy on a split under each corruption. `amount` is the one of
-    data.CORRUPTIONS: a table is read without the code that made it, and by which amounts is part of what it says."""
-    evaluate_models, sums = batch_evaluation(models, settings), {}
-    for key, images, labels in data.corrupted_batches(split, settings):
-        sums.setdefault(key, []).append(evaluate_models(images, labels))
-    tables = [[] for _ in models]
-    for name, severity in itertools.product(data.corruptions_of(settings["dataset"]), range(1, 6)):
-        amount = data.get_amount(name, severity, split.images.shape[1])
-        means = (total(sums[name, severity]) / len(split.labels)).T.tolist()
+def measure_noise(net, split, settings):
+    """The rows of noise.csv of each model: loss and accuracy on a split under each corruption. `amount` is that of
+    corruptions.CORRUPTIONS: a table is read without the code that made it, and by which amounts is part of what it
+    says."""
+    sums = {}
+    for key, images, labels in corruptions.corrupted_batches(split, settings):
+        sums.setdefault(key, []).append(stack.evaluate_images(net, images, labels, settings))
+    tables = [[] for _ in net.models]
+    for name, severity in itertools.product(corruptions.corruptions_of(settings["dataset"]), range(1, 6)):
+        amount = corruptions.amount_of(name, severity, split.images.shape[1])
+        means = (stack.total(sums[name, severity]) / len(split.labels)).T.tolist()
         for table, (loss, accuracy) in zip(tables, means):
             table.append(dict(corruption=name, severity=severity, amount=amount, test_loss=loss,
                               test_accuracy=accuracy))
@@ -316,14 +171,14 @@ def response_rows(condition, block, figures):
 
 
 @torch.no_grad()
-def measure_response(models, split, settings):
+def measure_response(net, split, settings):
     """The rows of response.csv of each model: how the branches of its heads respond to the noises, each with its shift
     and its fluctuation, at severity 3. One row for each condition, block and head."""
-    outputs_of, count = map_models(models, head_outputs), len(split.labels)
-    sums = [[outputs.sum(2, keepdim=True) for outputs in outputs_of(images)]
+    count = len(split.labels)
+    sums = [[outputs.sum(2, keepdim=True) for outputs in net.map(head_outputs, images)]
             for images, _ in data.evaluation_batches(split, settings)]
-    means = [total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
-    noises = [name for name in data.CORRUPTIONS if data.corruption_kind(name) in data.NOISES]
+    means = [stack.total(block).float().to(split.labels.device) / count for block in zip(*sums)]  # (S, K, 1, H, N, e)
+    names = list(filter(corruptions.is_noise, corruptions.CORRUPTIONS))
     totals, clean = {}, data.evaluation_batches(split, settings)
 
     def add(name, changes):
@@ -331,62 +186,75 @@ def measure_response(models, split, settings):
             before = totals.get((name, block), itertools.repeat(0))
             totals[name, block] = [old + new.cpu().double() for old, new in zip(before, sum_response(change))]
 
-    for (name, _), images, _ in data.corrupted_batches(split, settings, noises, [3]):
-        if name == noises[0]:  # of the next images
-            before = outputs_of(next(clean)[0])
+    for (name, _), images, _ in corruptions.corrupted_batches(split, settings, names, [3]):
+        if name == names[0]:  # of the next images
+            before = net.map(head_outputs, next(clean)[0])
             add("clean", [block - mean for block, mean in zip(before, means)])
-        add(name, [block - old for block, old in zip(outputs_of(images), before)])
-    tables = [[] for _ in models]
-    for name in noises:
-        for block in range(len(means)):
-            for table, figures in zip(tables, response_figures(totals[name, block], totals["clean", block], count)):
-                table.extend(response_rows(f"{name}_3", block, figures))
+        add(name, [block - old for block, old in zip(net.map(head_outputs, images), before)])
+    tables = [[] for _ in net.models]
+    for name, block in itertools.product(names, range(len(means))):
+        for table, figures in zip(tables, response_figures(totals[name, block], totals["clean", block], count)):
+            table.extend(response_rows(f"{name}_3", block, figures))
     return tables
 
 
-def analyse(folders, models, split, settings):
-    """Write what trained models do under corruption, what they attend to and how their branches respond: noise.csv,
-    attention.csv and .npz, response.csv. The models are of runs that differ in their seed alone. Returns the names of
-    the files."""
-    tables = {"noise.csv": measure_noise(models, split, settings),
-              "attention.csv": measure_attention(models, split, settings)}
-    if all(map(offers_branches, [block.attn for block in models[0].blocks])):
-        tables["response.csv"] = measure_response(models, split, settings)
-    for i, (folder, model) in enumerate(zip(folders, models)):
-        for name, rows in tables.items():
-            records.write_csv(folder / name, rows[i], amount="{:g}")
-        records.write_arrays(folder / "attention.npz", picture_attention(model, split, settings))
-    return [*tables, "attention.npz"]
+# The files that a run's analysis writes: {file: the function of a net, a split and the settings that returns for each
+# model the rows of a CSV file or the arrays of an .npz file, and what each attention must offer}.
+Analysis = namedtuple("Analysis", "measure needs", defaults=["attention_map"])
+ANALYSES = {
+    "noise.csv": Analysis(measure_noise),
+    "attention.csv": Analysis(measure_attention),
+    "attention.npz": Analysis(picture_attention),
+    "response.csv": Analysis(measure_response, needs="branches"),
+}
+
+
+def offered(model):
+    """What all attentions of a model offer."""
+    return set.intersection(*(offers(block.attn) for block in model.blocks))
+
+
+def check_maps(model, name):
+    """Raise a UserError unless the attention of the model can be analysed."""
+    for block in model.blocks:
+        if "attention_map" not in offers(block.attn):
+            raise UserError(f"{name}: {type(block.attn).__name__} has no attention_map(x), which the analysis needs: "
+                            "write it, or train with --no-analysis")
+
+
+def analyse(folders, net, split, settings):
+    """Write the files of ANALYSES of trained models, whose runs differ in their seed alone; returns their names."""
+    net.eval()
+    names = [name for name, analysis in ANALYSES.items() if analysis.needs in offered(net.models[0])]
+    for name in names:
+        for folder, found in zip(folders, ANALYSES[name].measure(net, split, settings)):
+            if name.endswith(".npz"):
+                records.write_arrays(folder / name, found)
+            else:
+                records.write_csv(folder / name, found, amount="{:g}")
+    return names
 
 
 # The command.
 
 def analyse_run(folder, device, data_dir):
     """Test a finished run again, print the figures beside those recorded, and write its analysis."""
-    records.read_config(folder)  # so that no folder is made where there is no run
-    with records.locked(folder):  # which gather would else move away meanwhile
-        repeat_test(folder, device, data_dir)
-
-
-def repeat_test(folder, device, data_dir):
     settings, _ = records.read_config(folder)
     summary = records.read_summary(folder)
-    if "crc32" in summary:
-        records.check_files(folder, summary["crc32"], ["config.json", "metrics.csv"])
     if settings.get("plugin"):
         records.execute_plugin(records.find_run_plugin(folder, settings["plugin"]))
+    command.check_name("model", settings["model"], MODELS)
+    command.check_name("data set", settings["dataset"], data.DATASETS)
     with records.reading(folder / "config.json"):
-        records.check(set(records.SETTINGS) <= set(settings), "a setting is missing")
-    records.check_name("model", settings["model"], MODELS)
-    records.check_name("data set", settings["dataset"], data.DATASETS)
+        records.check({*records.MODEL_SETTINGS, "label_smoothing"} <= settings.keys(), "a setting is missing")
     data.complete_row(settings["dataset"], data_dir)
-    model = load_model(folder, settings, device)
+    model = stack.load_model(folder, settings).to(device)
     check_maps(model, settings["model"])
-    split = data.load_splits(settings["dataset"], data_dir, device)["test"]
-    (figures,) = evaluate([model], split, settings)
+    net, split = stack.StackedModel([model]), data.load_splits(settings["dataset"], data_dir, device)["test"]
+    (figures,) = stack.evaluate(net, split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
-    names = analyse([folder], [model], split, settings)
+    names = analyse([folder], net, split, settings)
     records.write_summary(folder, summary)
     print(f"{', '.join(names)} written into {folder}", flush=True)
 
@@ -398,22 +266,22 @@ def analyse_runs(args):
     device = machine.pick_device(args.device)
     machine.take_threads(args.threads, device)
     for folder in args.runs:
-        analyse_run(folder, device, args.data_dir)
+        with records.locked(folder):  # which gather would else move away meanwhile
+            analyse_run(folder, device, args.data_dir)
 
 
 def add_place_flags(parser):
     parser.add_argument("--device", default="auto", metavar="NAME",
                         help="cpu, cuda, cuda:1, mps or auto: CUDA, then MPS, then CPU (default: %(default)s)")
-    parser.add_argument("--threads", **records.whole_number(1), help="of the CPU (default: OMP_NUM_THREADS, or as many "
+    parser.add_argument("--threads", **command.whole_number(1), help="of the CPU (default: OMP_NUM_THREADS, or as many "
                         "as other processes leave cores idle; of a run that is resumed as many as it was begun with)")
-    parser.add_argument("--data-dir", type=records.usable_folder, default=Path("data"), metavar="DIR",
+    parser.add_argument("--data-dir", type=command.usable_folder, default=Path("data"), metavar="DIR",
                         help="default: %(default)s")
 
 
 def parse_flags(argv):
-    parser = records.Parser(prog="analysis.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=records.usable_folder, metavar="RUN", help="folder of a finished run")
+    parser = command.Parser("analysis.py", __doc__)
+    parser.add_argument("runs", nargs="+", type=command.usable_folder, metavar="RUN", help="folder of a finished run")
     add_place_flags(parser)
     return parser.parse_args(argv)
 
@@ -421,7 +289,7 @@ def parse_flags(argv):
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     machine.keep_freed_memory()
-    return records.exit_status("analysis.py", parse_flags, analyse_runs, argv)
+    return command.exit_status("analysis.py", parse_flags, analyse_runs, argv)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import sys
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import analysis
+import command
 import data
 import machine
 import records
 import stack
 import train
+from command import UserError
 
 GROWTH = dict(dim=[32, 64, 128, 256], depth=[2, 4, 8], patch_size=[7, 6, 4, 2], batch_size=[32, 128, 512, 2048])
 MOST_TOKENS = 257  # of an image while another size grows
@@ -41,15 +41,15 @@ def make_step(settings, seeds, split, device, compiled):
     """A function of nothing that takes one whole training step of a stack, as train.py does: batch, augmentation,
     forward, backward, clipping, optimizer."""
     if settings["batch_size"] > len(split.labels):
-        raise records.UserError(f"a batch of {settings['batch_size']} is more than the {len(split.labels)} training "
-                                f"images of {settings['dataset']}: give a smaller --batch-size")
-    runs = train.make_runs(settings, seeds, "", device, compiled, required=True)
-    epochs = (train.epoch_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
+        raise UserError(f"a batch of {settings['batch_size']} is more than the {len(split.labels)} training images of "
+                        f"{settings['dataset']}: give a smaller --batch-size")
+    stacked = train.make_stack(settings, seeds, "", device, compiled, required=True)
+    epochs = (train.rank_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if batch[1].shape[1] == settings["batch_size"])
 
     def step():
-        stack.set_lr(runs.optimizer, 0.1)  # of the peak, at which nothing diverges
-        return runs.fast_step(*next(batches))
+        stack.set_lr(stacked.optimizer, 0.1)  # of the peak, at which nothing diverges
+        return stacked.step(*next(batches))
 
     return step
 
@@ -74,66 +74,58 @@ def time_in_turn(functions, device, rounds, calls):
     return times
 
 
-def training_flops(settings):
-    """FLOPs of the forward and backward pass of an image."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        analysis.make_model(settings)(analysis.empty_images(settings, 1)).sum().backward()
-    return counter.get_total_flops()
-
-
-def largest_product(amp, device):
-    """Side and type of the matrices whose product is the peak: on CUDA in the precision of the run; a CPU may take a
-    minute for one in half precision."""
-    return (8192, machine.precision(amp, device)["dtype"] or torch.float32) if device.type == "cuda" else (
-        2048, torch.float32)
-
-
 def benchmark_steps(experiments, splits, device, with_compiled):
     """Rows of benchmark.csv: each experiment by one seed and, where several are given, by as many side by side as
     train.py would train; plain and, if so wanted, compiled."""
-    rows, steps, evaluations = [], [], {}
-    for settings, facts, all_seeds, request in experiments:
-        flops, dataset = training_flops(settings), settings["dataset"]
-        evaluations[dataset, settings["model"]] = functools.partial(
-            analysis.evaluate, [analysis.make_model(settings).to(device)], splits[dataset]["val"], settings)
-        for seeds, compiled in itertools.product(dict.fromkeys([(all_seeds[0],), tuple(all_seeds[:request["size"]])]),
+    rows, steps, evaluations = [], [], []
+    for settings, facts, all_seeds, size in experiments:
+        model = stack.StackedModel([stack.make_model(settings).to(device)])
+        evaluation = functools.partial(stack.evaluate, model, splits[settings["dataset"]]["val"], settings)
+        for seeds, compiled in itertools.product(dict.fromkeys([(all_seeds[0],), tuple(all_seeds[:size])]),
                                                  [False, True] if with_compiled else [False]):
-            begin = time.perf_counter()
-            steps.append(make_step(settings, list(seeds), splits[dataset]["train"], device, compiled))
+            start = time.perf_counter()
+            step = make_step(settings, list(seeds), splits[settings["dataset"]]["train"], device, compiled)
             for _ in range(4):  # at the fourth a step is captured
-                measure_seconds(steps[-1], device)
-            rows.append(dict(dataset=dataset, model=settings["model"], seeds=len(seeds), compiled=compiled,
-                             batch_size=settings["batch_size"], parameters=facts["parameters"],
-                             training_flops_per_image=flops, warm_up_seconds=time.perf_counter() - begin))
-    side, dtype = largest_product(settings["amp"], device)
+                measure_seconds(step, device)
+            rows.append(dict(
+                dataset=settings["dataset"], model=settings["model"], seeds=len(seeds), compiled=compiled,
+                batch_size=settings["batch_size"], parameters=facts["parameters"],
+                training_flops_per_image=stack.measure_model(settings, backward=True)["flops_per_image"],
+                warm_up_seconds=time.perf_counter() - start))
+            steps.append(step)
+            evaluations.append(evaluation)
+    # The peak is that of a large product: on CUDA in the precision of the run; a CPU may take a minute for one in half.
+    side, dtype = (8192, machine.precision(experiments[0].settings["amp"], device)["dtype"]) if (
+        device.type == "cuda") else (2048, None)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     *trainings, products = time_in_turn([*steps, lambda: matrix @ matrix], device, ROUNDS, CALLS)
     peak, one_seed = 2 * side**3 / statistics.median(products), {}
-    evaluations = dict(zip(evaluations, time_in_turn(list(evaluations.values()), device, rounds=3, calls=3)))
-    for row, training in zip(rows, trainings):
-        low, *_, high = statistics.quantiles(training, n=10)
-        milliseconds = 1e3 * statistics.median(training)
-        images_per_second = 1e3 * row["seeds"] * row["batch_size"] / milliseconds
-        relative = milliseconds / row["seeds"] / one_seed.setdefault((row["dataset"], row["model"]), milliseconds)
+    for row, training, evaluation in zip(rows, trainings, time_in_turn(evaluations, device, rounds=3, calls=3)):
+        low, *_, high = (1e3 * seconds for seconds in statistics.quantiles(training, n=10))
+        milliseconds, seeds = 1e3 * statistics.median(training), row["seeds"]
+        alone = one_seed.setdefault((row["dataset"], row["model"]), milliseconds)  # of one seed, plain
+        images_per_second = 1e3 * seeds * row["batch_size"] / milliseconds
         row.update(
-            ms_per_step=milliseconds, ms_low=1e3 * low, ms_high=1e3 * high, ms_per_seed=milliseconds / row["seeds"],
-            relative_to_one_seed=relative, images_per_second=images_per_second,
-            epoch_seconds=row["seeds"] * data.training_size(row["dataset"]) / images_per_second,
-            evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(
-                evaluations[row["dataset"], row["model"]]),
+            ms_per_step=milliseconds, ms_low=low, ms_high=high, ms_per_seed=milliseconds / seeds,
+            relative_to_one_seed=milliseconds / seeds / alone, images_per_second=images_per_second,
+            epoch_seconds=seeds * data.training_size(row["dataset"]) / images_per_second,
+            evaluation_images_per_second=data.validation_size(row["dataset"]) / statistics.median(evaluation),
             peak_gflops=peak / 1e9, share_of_peak=images_per_second * row["training_flops_per_image"] / peak)
     return rows
 
 
+STEPS = {  # headings and cells of benchmark.md, by a row of benchmark.csv
+    "model, data set": "{model}, {dataset}", "seeds": "{seeds}", "compiled": "{compiled}",
+    "ms a step (10% to 90%)": "{ms_per_step:.1f} ({ms_low:.1f} to {ms_high:.1f})", "ms a seed": "{ms_per_seed:.2f}",
+    "relative to one seed, plain": "{relative_to_one_seed:.2f}", "images/s": "{images_per_second:,.0f}",
+    "s an epoch": "{epoch_seconds:.1f}", "MFLOPs an image": "{mflops:.2f}", "share of peak": "{share_of_peak:.1%}",
+    "images/s evaluated": "{evaluation_images_per_second:,.0f}", "warm-up, s": "{warm_up_seconds:.1f}"}
+
+
 def steps_table(rows):
-    return markdown(
-        ["model, data set", "seeds", "compiled", "ms a step (10% to 90%)", "ms a seed", "relative to one seed, plain",
-         "images/s", "s an epoch", "MFLOPs an image", "share of peak", "images/s evaluated", "warm-up, s"],
-        [[f"{row['model']}, {row['dataset']}", f"{row['seeds']}", "yes" if row["compiled"] else "no",
-          f"{row['ms_per_step']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})", f"{row['ms_per_seed']:.2f}",
-          f"{row['relative_to_one_seed']:.2f}", f"{row['images_per_second']:,.0f}", f"{row['epoch_seconds']:.1f}",
-          f"{row['training_flops_per_image'] / 1e6:.2f}", f"{row['share_of_peak']:.1%}",
-          f"{row['evaluation_images_per_second']:,.0f}", f"{row['warm_up_seconds']:.1f}"] for row in rows])
+    rows = [row | dict(compiled="yes" if row["compiled"] else "no", mflops=row["training_flops_per_image"] / 1e6)
+            for row in rows]
+    return markdown(STEPS, [[cell.format(**row) for cell in STEPS.values()] for row in rows])
 
 
 def benchmark_growth(experiments, splits, device):
@@ -145,11 +137,11 @@ def benchmark_growth(experiments, splits, device):
             grown = settings | {size: value}
             if size == "dim":
                 grown |= dict(mlp_dim=4 * value, head_hidden_dim=4 * value)
-            split, tokens = splits[settings["dataset"]]["train"], analysis.count_tokens(grown)
+            split, tokens = splits[settings["dataset"]]["train"], stack.count_tokens(grown)
             side = data.DATASETS[settings["dataset"]]["image_size"]
             if side % grown["patch_size"] or tokens > MOST_TOKENS or grown["batch_size"] > len(split.labels):
                 continue
-            analysis.measure_model(grown)  # which says what does not fit together
+            stack.measure_model(grown)  # which says what does not fit together
             step = make_step(grown, seeds[:1], split, device, compiled=False)
             step()
             row = dict(dataset=settings["dataset"], model=settings["model"],
@@ -159,7 +151,7 @@ def benchmark_growth(experiments, splits, device):
             rows.append(row)
             steps.append(step)
     if not rows:
-        raise records.UserError(f"no image has {MOST_TOKENS} tokens or fewer: give a larger --patch-size")
+        raise UserError(f"no image has {MOST_TOKENS} tokens or fewer: give a larger --patch-size")
     for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=4)):
         row["ms_per_step"] = 1e3 * statistics.median(times)
     return rows
@@ -176,22 +168,22 @@ def peak_memory(step, device):
 def growth_table(rows):
     """A line for each size that was timed at two values or more, data set and model; the exponent is the slope of a
     line through the logarithms."""
-    lines, header = [], ["what grows", "model, data set", "from, to"]
     figures = {name: heading for name, heading in [("ms_per_step", "ms a step"), ("peak_megabytes", "peak MB")]
                if name in rows[0]}
-    order = list(dict.fromkeys(row["size"] for row in rows))
-    key = lambda row: (order.index(row["size"]), row["dataset"], row["model"])
-    for (size, dataset, model), group in itertools.groupby(sorted(rows, key=key), key=key):
-        group = list(group)
-        if len(group) < 2:
-            continue
-        line = [order[size], f"{model}, {dataset}", ", ".join(f"{row['value']}" for row in group)]
-        for name in figures:
-            exponent = statistics.linear_regression([math.log(row["value"]) for row in group],
-                                                    [math.log(row[name]) for row in group]).slope
-            line += [", ".join(f"{row[name]:.1f}" for row in group), f"{exponent:.2f}"]
-        lines.append(line)
-    return markdown(header + [cell for heading in figures.values() for cell in (heading, "exponent")], lines)
+    groups, lines = {}, []
+    for row in rows:
+        groups.setdefault((row["size"], f"{row['model']}, {row['dataset']}"), []).append(row)
+    sizes = [size for size, _ in groups]
+    for names, group in sorted(groups.items(), key=lambda item: (sizes.index(item[0][0]), item[1][0]["dataset"])):
+        values = [row["value"] for row in group]
+        if len(values) > 1:
+            lines.append([*names, ", ".join(map(str, values))])
+            for figure in figures:
+                logarithms = [list(map(math.log, numbers)) for numbers in (values, [row[figure] for row in group])]
+                lines[-1] += [", ".join(f"{row[figure]:.1f}" for row in group),
+                              f"{statistics.linear_regression(*logarithms).slope:.2f}"]
+    return markdown(["what grows", "model, data set", "from, to",
+                     *(cell for heading in figures.values() for cell in (heading, "exponent"))], lines)
 
 
 def markdown(header, rows):
@@ -201,7 +193,7 @@ def markdown(header, rows):
 @machine.enough_memory()
 def run_benchmark(args):
     if machine.started_by_torchrun():
-        raise records.UserError("benchmark.py takes one process: leave out torchrun")
+        raise UserError("benchmark.py takes one process: leave out torchrun")
     args.analysis = False  # so that an attention need not have what the analysis needs
     plugin = records.execute_plugin(args.plugin) if args.plugin else None
     train.check_flags(args)
@@ -243,7 +235,7 @@ def parse_flags(argv):
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     machine.keep_freed_memory()
-    return records.exit_status("benchmark.py", parse_flags, run_benchmark, argv)
+    return command.exit_status("benchmark.py", parse_flags, run_benchmark, argv)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-import records
-from records import UserError
+import command
+from command import UserError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products on CUDA repeat; read at the first alone
 # What torch.compile says on a machine without a card, and what torch says of its own use of its own functions.
@@ -42,7 +42,7 @@ def pick_device(name):
             device = open_device(choice)
             break
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            problem = records.first_line(error)
+            problem = command.first_line(error)
         if started_by_torchrun():  # whose processes must all be on the same kind of device
             raise UserError(f"--device {choice} is not available ({problem}): give --device cpu, or start fewer "
                             "processes")

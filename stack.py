@@ -1,15 +1,15 @@
-"""Many seeds as one module: the stacked weights, the forward pass, torch.compile and the CUDA graph.
+"""Many seeds as one module: made, loaded, trained, evaluated; torch.compile and the CUDA graph.
 
 A model of 38 thousand parameters is many small matrix multiplications, and to launch one takes as long as to compute
 it. So the models of S seeds are trained side by side: their weights are rows of one tensor, multiplied all at once.
 
-    net.matrices, net.rest      (S, P) each             row s has the weights of seed s, one after the other
-    net.weights()["head.fc1.weight"]    (S, 128, 32)    a view of some columns, so gradients arrive in the rows
-    images -> net(images)       (S, B, C, H, W) -> (S, B, classes)      each seed has images and dropout of its own
-    losses                      (S,)                    row s of the gradient of their sum is the gradient of loss s
+    net = StackedModel(models)
+    net.matrices, net.rest      (S, P) each     row s has the weights of seed s, one after the other
+    net(images)                 (S, B, C, H, W) -> logits (S, B, classes): each seed has images and dropout of its own
+    net.map(function, images)   function(model, images) of each seed on the same images, in evaluation and analysis
+    losses                      (S,)            row s of the gradient of their sum is the gradient of loss s
 
-torch.vmap calls one model with each row's weights, all rows at once; the optimizer sees two tensors in place of forty.
-A single model is a stack of one, for which vmap is left out; the loop does not ask how many it holds.
+The optimizer sees two tensors in place of forty. A single model is a stack of one; nothing asks how many it holds.
 """
 
 import contextlib
@@ -22,11 +22,16 @@ import warnings
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import machine
 import muon
 import records
-from records import UserError
+from command import UserError, first_line
+from diff_attention import SizeError
+from vit import ViT, build_model
 
 # On a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one. Compiled, five seeds side
 # by side take 0.8 of the time at 17 tokens, as long at 37, and 1.1 at 50 (vit, one thread).
@@ -34,13 +39,79 @@ STACKED_TOKENS = 40
 COMPILED_STEPS = 5_000  # on a CPU, stacks of fewer training steps, each seed's counted, take less time than compiling
 
 
+# The model of a run.
+
+def make_model(settings):
+    """The untrained model of a run, on the CPU, its weights drawn from the run's seed."""
+    dataset = data.DATASETS[settings["dataset"]]
+    torch.manual_seed(settings["seed"])
+    return build_model(settings["model"], image_size=dataset["image_size"], in_channels=dataset["in_channels"],
+                       num_classes=dataset["num_classes"], **{name: settings[name] for name in records.MODEL_SETTINGS})
+
+
+def load_model(folder, settings):
+    """The model of a run with its best weights, on the CPU."""
+    model = make_model(settings)
+    weights = records.read_checkpoint(folder / "best.pt")
+    with records.reading(folder / "best.pt", RuntimeError):
+        model.load_state_dict(weights)
+    return model
+
+
+def empty_images(settings, *batch):
+    """Images (*batch, C, H, W) of the run's data set, of no content."""
+    dataset = data.DATASETS[settings["dataset"]]
+    return torch.empty(*batch, dataset["in_channels"], dataset["image_size"], dataset["image_size"])
+
+
+def count_tokens(settings):
+    """Tokens of an image, the class token among them."""
+    return (data.DATASETS[settings["dataset"]]["image_size"] // settings["patch_size"]) ** 2 + 1
+
+
+def measure_model(settings, backward=False):
+    """The model's parameters and the FLOPs of its forward pass for an image, or of its backward pass, too, without
+    memory or arithmetic.
+
+    Raises:
+        UserError: if the sizes do not fit together.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        try:
+            model = make_model(settings)
+        except SizeError as error:
+            raise UserError(f"{settings['model']} on {settings['dataset']}: {error}") from None
+        logits = model(empty_images(settings, 1))
+        if backward:
+            logits.sum().backward()
+    return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
+                flops_per_image=counter.get_total_flops())
+
+
+# The models of many seeds.
+
+class Caller(nn.Module):
+    """function(model, *tensors) as the forward pass of a module, which can be called with other weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *tensors):
+        return function(self.model, *tensors)
+
+
+def logits_of(model, images):
+    return [model(images)]
+
+
 class StackedModel(nn.Module):
     """S models of one architecture as one module: images (S, B, C, H, W) -> logits (S, B, classes).
 
-    Its parameters are `matrices` and `rest` (S, P), as group_parameters divides the weights; each model's weights are
-    copied. `shapes` is {"matrices": {name: shape}, "rest": {name: shape}}, in the order of the columns.
-    `template` is the first model, which is called with the weights of each seed and holds buffers and frozen
-    parameters. It is no submodule: its own weights are not used, and are not among the parameters.
+    Its parameters are `matrices` and `rest` (S, P), as group_parameters divides the weights: copies of the weights of
+    `models`, whose parameters become views of them, so that training the stack trains each model. `shapes` is
+    {"matrices": {name: shape}, "rest": {name: shape}}, in the order of the columns. The models are no submodules, or
+    their weights would be among the parameters; side by side they share the buffers and frozen parameters of the first.
     """
 
     def __init__(self, models):
@@ -49,7 +120,17 @@ class StackedModel(nn.Module):
         for group, names in self.shapes.items():
             rows = [torch.cat([model.get_parameter(name).detach().flatten() for name in names]) for model in models]
             self.register_parameter(group, nn.Parameter(torch.stack(rows)))
-        object.__setattr__(self, "template", models[0].train())  # which self.template = ... would make a submodule
+        for name, weight in self.weights().items():
+            for i, model in enumerate(models):
+                model.get_parameter(name).data = weight.data[i]
+        self.places = parameter_places(models[0])
+        for name, module in [("models", models), ("caller", Caller(models[0]))]:
+            object.__setattr__(self, name, module)  # self.caller = ... would make a submodule
+
+    def train(self, mode=True):
+        for model in self.models:
+            model.train(mode)
+        return super().train(mode)
 
     def weights(self):
         """{name: (S, *shape)}, views of the parameters."""
@@ -60,16 +141,38 @@ class StackedModel(nn.Module):
         return weights
 
     def forward(self, images):
-        weights = self.weights()
-        if len(images) == 1:
-            weights = {name: weight.squeeze(0) for name, weight in weights.items()}
-            return functional_call(self.template, weights, images[0]).unsqueeze(0)
-        return torch.vmap(functional_call, in_dims=(None, 0, 0), randomness="different")(
-            self.template, weights, images)
+        (logits,) = self.map_weights(logits_of, (images,), in_dim=0)
+        return logits
 
-    def model_state(self, i):
-        """The state dict of model i: its weights, and the buffers and frozen parameters of the template."""
-        return self.template.state_dict() | {name: weight.detach()[i] for name, weight in self.weights().items()}
+    def map(self, function, *tensors):
+        """What function(model, *tensors), which returns a list of tensors, makes of each model: a list of (S, ...)."""
+        # On a GPU to start an operation takes longer than to compute it; on a CPU large batches fill the caches.
+        if len(self.models) > 1 and next(self.parameters()).is_cuda:
+            with contextlib.suppress(RuntimeError):  # too little memory for all, or an attention cannot be mapped
+                return self.map_weights(function, tensors, in_dim=None)
+        results = [function(model, *tensors) for model in self.models]
+        return [torch.stack(parts) for parts in zip(*results)]
+
+    def map_weights(self, function, tensors, in_dim):
+        """The same, as a function of the stacked weights, to which gradients go. in_dim: 0 if each model has tensors of
+        its own (S, ...), None if all have the same."""
+        weights = self.weights()
+        weights = {f"model.{place}": weights[name] for place, name in self.places.items() if name in weights}
+        # torch's own tie_weights leaves a module of two names with the weights of the call.
+        call = functools.partial(functional_call, tie_weights=False)
+        if len(self.models) == 1:
+            weights = {place: weight.squeeze(0) for place, weight in weights.items()}
+            results = call(self.caller, weights, (function, *(tensor[0] for tensor in tensors)))
+            return [result.unsqueeze(0) for result in results]
+        return torch.vmap(call, in_dims=(None, 0, (None, *(in_dim for _ in tensors))),
+                          randomness="different")(self.caller, weights, (function, *tensors))
+
+
+def parameter_places(model):
+    """{where each parameter lies: its name}. One that two modules share lies in two places, and has one name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {place: names[parameter] for prefix, module in model.named_modules()
+            for place, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False)}
 
 
 def group_parameters(model):
@@ -84,6 +187,70 @@ def group_parameters(model):
             groups.setdefault("rest" if is_rest else "matrices", {})[name] = parameter.shape
     return dict(sorted(groups.items()))
 
+
+def default_size(tokens, device):
+    """How many seeds are trained side by side at most, where --stack does not say; tokens: of an image."""
+    return 1 if device.type == "cpu" and tokens > STACKED_TOKENS else sys.maxsize
+
+
+def find_obstacle(settings):
+    """Why models with these settings cannot be trained side by side, or None where they can.
+
+    Plain tensors that a module has drawn for itself are not found: those of the first seed serve all.
+    """
+    with torch.device("meta"):
+        models, images = [make_model(settings) for _ in range(2)], empty_images(settings, 2, 1)
+        if settings["amp"] == "float16":
+            return "they would share the scale of their float16 gradients"
+        if list(models[0].buffers()) or not all(parameter.requires_grad for parameter in models[0].parameters()):
+            return "they would share buffers or frozen parameters"
+        try:
+            StackedModel(models)(images)
+        except RuntimeError as error:
+            return f"torch.vmap does not take this model: {first_line(error)}"
+
+
+# Loss, accuracy and lambda.
+
+def evaluate_batch(model, images, labels, label_smoothing):
+    """The sum of the losses of a batch, and the number of correct answers: images (B, C, H, W), labels (B,)."""
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    return [loss, (logits.argmax(1) == labels).type_as(loss).sum()]
+
+
+def evaluate_images(net, images, labels, settings):
+    """Sums of loss and of correct answers over a batch (2, S)."""
+    function = functools.partial(evaluate_batch, label_smoothing=settings["label_smoothing"])
+    return torch.stack(net.map(function, images, labels))
+
+
+def total(batches):
+    """The sum of tensors over the batches, as a CPU tensor in float64: one copy from the device."""
+    return torch.stack(batches).cpu().double().sum(0)
+
+
+@torch.no_grad()
+def evaluate(net, split, settings):
+    """Loss and accuracy of each model, means over all images of a split, in float32: a list of pairs."""
+    net.eval()
+    sums = [evaluate_images(net, *batch, settings) for batch in data.evaluation_batches(split, settings)]
+    return (total(sums) / len(split.labels)).T.tolist()
+
+
+@torch.no_grad()
+def measure_lambdas(net, split, settings):
+    """The mean weight of the second branch over the images of a split: of each model {block: number} of the
+    differential blocks."""
+    net.eval()
+    blocks = net.models[0].differential_blocks()
+    sums = [torch.stack(net.map(ViT.mean_lambdas, images)) * len(labels)  # (blocks, S)
+            for images, labels in data.evaluation_batches(split, settings) if blocks]
+    means = (total(sums) / len(split.labels)).T.tolist() if blocks else [[] for _ in net.models]
+    return [dict(zip(blocks, values)) for values in means]
+
+
+# The optimizer.
 
 def make_optimizer(net, settings):
     """One optimizer of all the weights of a StackedModel: Muon for the matrices and AdamW for the rest, or AdamW alone.
@@ -101,9 +268,10 @@ def make_optimizer(net, settings):
     adamw = torch.optim.AdamW([group(name, settings["lr"]) for name in names], fused=True)
     if not with_muon:
         return adamw
-    own = group("matrices", settings["muon_lr"])
-    optimizer = muon.Muon(net.matrices, net.shapes["matrices"].values(), own["lr"], own["weight_decay"], adamw=adamw)
-    optimizer.param_groups[0]["peak_lr"] = own["peak_lr"]
+    matrices = group("matrices", settings["muon_lr"])
+    optimizer = muon.Muon(net.matrices, net.shapes["matrices"].values(), matrices["lr"], matrices["weight_decay"],
+                          adamw=adamw)
+    optimizer.param_groups[0]["peak_lr"] = matrices["peak_lr"]
     return optimizer
 
 
@@ -115,13 +283,13 @@ def set_lr(optimizer, factor):
 # What last.pt holds of a stack, as plain tensors.
 
 def get_state(net, optimizer, scaler):
-    return dict(leaves=dict(net.named_parameters()), buffers=dict(net.template.named_buffers()),
+    return dict(leaves=dict(net.named_parameters()), buffers=dict(net.models[0].named_buffers()),
                 optimizer=optimizer.state_dict()["state"], scaler=scaler.state_dict())
 
 
 @torch.no_grad()
 def set_buffers(net, buffers):
-    for name, buffer in net.template.named_buffers():  # those that no state dict has, too
+    for name, buffer in net.models[0].named_buffers():  # those that no state dict has, too
         buffer.copy_(buffers[name])
 
 
@@ -132,29 +300,6 @@ def set_state(net, optimizer, scaler, state):
     set_buffers(net, state["buffers"])
     optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=optimizer.state_dict()["param_groups"]))
     scaler.load_state_dict(state["scaler"])
-
-
-# How many seeds side by side.
-
-def default_size(tokens, device):
-    """How many seeds are trained side by side at most, where --stack does not say; tokens: of an image."""
-    return 1 if device.type == "cpu" and tokens > STACKED_TOKENS else sys.maxsize
-
-
-def find_obstacle(models, images, amp):
-    """Why these models cannot be trained side by side, or None where they can.
-
-    They may be on meta, and so may images (S, B, C, H, W). Plain tensors that a module has drawn for itself are not
-    found: those of the first seed serve all.
-    """
-    if amp == "float16":
-        return "they would share the scale of their float16 gradients"
-    if list(models[0].buffers()) or not all(parameter.requires_grad for parameter in models[0].parameters()):
-        return "they would share buffers or frozen parameters"
-    try:
-        StackedModel(models)(images)
-    except RuntimeError as error:
-        return f"torch.vmap does not take this model: {records.first_line(error)}"
 
 
 # Compiled and captured.
@@ -172,30 +317,38 @@ def is_compiled(choice, stack_steps, device, amp):
     return stack_steps >= COMPILED_STEPS and shutil.which(compiler) is not None
 
 
-def accelerate(step, net, optimizer, images, amp, required):
-    """A faster function for batches of the size of `images` (S, B, C, H, W) alone, which does what step(net, ...) does:
-    on a CPU `net` is compiled, on CUDA the step is captured. None, after a line that says why, where that cannot be.
+def accelerate(step, forward, net, optimizer, images, settings, required):
+    """step(forward, images, labels, share) made faster for batches of exactly the shape of `images` (S, B, C, H, W): on
+    a CPU `forward` is compiled, on CUDA the step is captured. Returns a function of any batch, or None, after a line
+    that says why, where that cannot be.
 
     Raises:
         UserError: if compiling fails and is `required`; the function itself, if capturing the step does.
     """
+    plain = functools.partial(step, forward)
     if images.device.type == "cuda":
-        return capture(functools.partial(step, net), optimizer)
-    compiled = compile_model(net, images, amp, required)
-    return None if compiled is None else functools.partial(step, compiled)
+        fast = capture(plain, optimizer)
+    else:
+        compiled = compile_forward(forward, net, images, settings, required)
+        if compiled is None:
+            return None
+        fast = functools.partial(step, compiled)
+    return lambda batch, labels, share: (fast if batch.shape == images.shape else plain)(batch, labels, share)
 
 
-def compile_model(net, images, amp, required):
-    """The net compiled for images of this shape, tried forward and backward; None where that fails."""
+def compile_forward(forward, net, images, settings, required):
+    """forward(net, images, labels, label_smoothing) compiled for this shape, tried with the backward pass; None where that
+    fails."""
     machine.say("compiling, which takes up to two minutes on a slow machine the first time")
-    compiled = torch.compile(net, dynamic=False)
-    buffers = {name: buffer.clone() for name, buffer in net.template.named_buffers()}
+    compiled = torch.compile(forward, dynamic=False)
+    buffers = {name: buffer.clone() for name, buffer in net.models[0].named_buffers()}
     try:
-        with torch.autocast(**machine.precision(amp, images.device)):
-            logits = compiled(images)
-        logits.float().sum().backward()
+        labels = torch.zeros(images.shape[:2], dtype=torch.long, device=images.device)
+        with torch.autocast(**machine.precision(settings["amp"], images.device)):
+            losses, _ = compiled(net, images, labels, settings["label_smoothing"])
+        losses.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
-        problem = f"--compile does not work here ({records.first_line(error)}): it needs a C++ compiler such as g++"
+        problem = f"--compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++"
         if required:
             raise UserError(f"{problem}; give --compile no") from None
         machine.say(f"{problem}; training goes on without")
@@ -248,5 +401,4 @@ def refusing_capture():
         cause = error.__context__ or error  # to end a capture that has failed is an error, too
         if machine.is_out_of_memory(cause):
             raise cause from None
-        raise UserError(f"the training step cannot be captured ({records.first_line(cause)}): give --compile no"
-                        ) from None
+        raise UserError(f"the training step cannot be captured ({first_line(cause)}): give --compile no") from None

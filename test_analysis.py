@@ -1,61 +1,336 @@
-"""Claims about the analysis of trained models."""
+"""Claims of stack.py and analysis.py: many seeds as one module, trained, tested and analysed as single models are."""
 
+import contextlib
+import copy
+import functools
 import itertools
 import math
 import shutil
+from unittest.mock import Mock, patch
 
 import numpy
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import analysis
+import corruptions
 import data
+import machine
 import records
-from data import Split
+import stack
+import train
+from command import UserError
 from diff_attention import DiffAttention
 from test_data import CPU, HERE, cut, mnist
-from test_models import randomize
-from test_train import (assert_one_line, command, copy_run, finished, loss_by_hand, read_json, settings_for, small,
-                        table)
+from test_models import close, muon_by_hand, randomize, variant
+from test_train import (STEPS, TINY, assert_one_line, assert_same_run, begin, column, command, copy_run, epoch_losses,
+                        finished, launch, loss_by_hand, make_runs, needs_cuda, repeat_image, settings_for, small, table)
+from vit import MODELS, SelfAttention
+
+QUICK = [*TINY, *"--epochs 1 --model vit --head-hidden-dim 0 --runs-dir".split()]
+run_analysis = functools.partial(command, "--device", "cpu", main=analysis.main)
+FEW = {name: corruptions.CORRUPTIONS[name] for name in ("gaussian_noise", "gaussian_noise_shift", "distractors")}
+
+
+def tied(*sizes, **options):
+    """Self-attention whose projection has two names."""
+    attn = SelfAttention(*sizes, **options)
+    attn.again = attn.proj
+    return attn
+
+
+def buffered(*sizes, **options):
+    """Self-attention with a buffer that counts the training steps."""
+    def count(attn, arguments):
+        attn.calls += attn.training
+
+    attn = SelfAttention(*sizes, **options)
+    attn.register_buffer("calls", torch.zeros(()))
+    attn.register_forward_pre_hook(count)
+    return attn
+
 
 @pytest.fixture(scope="module", autouse=True)
-def few_corruptions(small):
-    """A few of the corruptions, so that an analysis takes a moment."""
-    names = ("gaussian_noise", "gaussian_noise_shift", "distractors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in names})
+def here(small):
+    """Attentions of our own, and a few of the corruptions, so that an analysis takes a moment."""
+    attentions = dict(
+        tied=tied, buffered=buffered, own_map=variant(SelfAttention, attention_map=SelfAttention.attention_map),
+        frozen=lambda *sizes, **options: SelfAttention(*sizes, **options).requires_grad_(False),
+        in_place=variant(SelfAttention, forward=lambda attn, x: torch.zeros(x.shape).add_(attn.proj(x))))
+    rows = {name: dict(attention=attention) for name, attention in attentions.items()}
+    with patch.dict(MODELS, rows), patch.object(corruptions, "CORRUPTIONS", FEW):
         yield
 
 
-# What is relevant.
+# A stack is its models.
+
+def step_by_hand(model, settings):
+    """Take the first step of a single model: Muon by its formula, and torch's AdamW."""
+    matrices = [weight for name, weight in model.named_parameters()
+                if weight.ndim > 1 and name not in ("cls_token", "pos_embed") and "lambda" not in name]
+    rest, decay = set(model.parameters()) - set(matrices), settings["weight_decay"]
+    for weight in matrices if settings["optimizer"] == "muon" else []:
+        gradient, weight.grad = weight.grad.flatten(1), None  # so that AdamW leaves it alone
+        weight.data = muon_by_hand(weight.detach().flatten(1), [gradient], settings["muon_lr"], decay).view_as(weight)
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=list(rest), weight_decay=0)]
+    torch.optim.AdamW(groups, lr=settings["lr"]).step()
+
+
+@pytest.mark.parametrize("model, optimizer", [
+    *itertools.product([*MODELS, "tied"], ["muon"]), ("vitdiff", "adamw")])
+def test_a_stack_is_its_models(model, optimizer):
+    """A stack of five equals five single models, to 1e-12 in float64: losses, answers, and weights after a step, for
+    which clipping shortens the longer gradients alone. A weight that has two names stays one."""
+    settings = settings_for("--optimizer", optimizer, model=model)
+    models = [randomize(stack.make_model(settings | dict(seed=seed))).train() for seed in range(5)]
+    singles, net = copy.deepcopy(models), stack.StackedModel(models)
+    images, labels = torch.randn(5, 6, 1, 28, 28).double(), torch.randint(10, (5, 6))
+    logits = torch.stack([single(images[i]) for i, single in enumerate(singles)])
+    losses = torch.stack([F.cross_entropy(*pair, label_smoothing=0.1) for pair in zip(logits, labels)])
+    losses.sum().backward()
+    norms = [torch.nn.utils.clip_grad_norm_(single.parameters(), math.inf) for single in singles]
+    settings["clip"] = torch.stack(norms).median().item()
+    optimizer, scaler = stack.make_optimizer(net, settings), torch.amp.GradScaler("cpu", enabled=False)
+    found, correct = train.train_step(train.forward, images, labels, 1 / 6, net, optimizer, scaler, settings)
+    close(found, losses.detach())
+    assert torch.equal(correct, (logits.argmax(2) == labels).sum(1))
+    for model, single in zip(models, singles):
+        torch.nn.utils.clip_grad_norm_(single.parameters(), settings["clip"])
+        step_by_hand(single, settings)
+        close(model.state_dict(), single.state_dict())
+
+
+@pytest.mark.parametrize("seeds", [[1], [3, 0, 4294967295]])
+def test_training_a_stack_trains_its_models(seeds):
+    """Each model of a stack begins with the weights of its seed. After an epoch all have changed, and a model loaded
+    from its state dict has its figures in the stack to the last bit."""
+    stacked, splits, settings = make_runs(model="tied", seeds=seeds)
+    fresh = [stack.make_model(settings | dict(seed=seed)) for seed in seeds]
+    close(*([model.state_dict() for model in models] for models in (stacked.net.models, fresh)), atol=0)
+    epoch_losses(stacked, splits, settings)
+    figures = stack.evaluate(stacked.net, splits["val"], settings)
+    for model, trained, of_one in zip(fresh, stacked.net.models, figures):
+        before, after = model.state_dict(), trained.state_dict()
+        assert not any(torch.equal(before[name], after[name]) for name in after)
+        model.load_state_dict(after)
+        assert stack.evaluate(stack.StackedModel([model]), splits["val"], settings) == [of_one]
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_dropout_of_a_stack(seeds, device):
+    """Each seed of a stack drops out on its own, and anew at each step of each epoch, on CUDA in a captured step."""
+    device = machine.pick_device(device)
+    stacked, splits, settings = make_runs(*"--dropout 0.5 --lr 0 --muon-lr 0 --no-augment".split(), count=4_000,
+                                          seeds=seeds, device=device, compiled=device.type == "cuda")
+    net, images = stack.StackedModel(2 * [stack.make_model(settings)]), torch.ones(2, 4, 1, 28, 28)
+    assert not torch.equal(*net(images))
+    close(*net.eval()(images), atol=1e-6)
+    splits["train"] = repeat_image(splits["train"])
+    losses = epoch_losses(stacked, splits, settings)
+    stacked.runs[0].metrics.append(None)  # as after the first epoch
+    losses = torch.cat([losses, epoch_losses(stacked, splits, settings)], 1)
+    assert losses.isfinite().all() and [len(of_seed.unique()) for of_seed in losses] == len(seeds) * [16]
+    torch.use_deterministic_algorithms(False)
+
+
+def test_state_is_loaded_whole():
+    """A checkpoint brings back buffers and the scale of the gradients, as well as weights and the optimizer's state."""
+    (stacked, splits, settings), (other, *_) = (
+        make_runs("--amp", "float16", model="buffered", seeds=[seed]) for seed in (0, 1))
+    epoch_losses(stacked, splits, settings)
+    state = copy.deepcopy(stack.get_state(*stacked[1:4]))  # of net, optimizer and scaler
+    state["scaler"]["scale"] = 8.0
+    stack.set_state(*other[1:4], state)
+    close(stack.get_state(*other[1:4]), state, atol=0)
+    assert other.net.models[0].blocks[0].attn.calls == STEPS
+
+
+@pytest.mark.parametrize("flags, size, why", [
+    ("", 3, ""), ("--stack 1", 1, ""), ("--stack 2", 2, ""), ("--dataset cifar10", 1, ""),
+    ("--dataset clutteredmnist", 1, ""), ("--dataset clutteredmnist --patch-size 12", 3, ""),  # of 101 and 26 tokens
+    ("--amp float16", 1, "float16"), ("--model buffered", 1, "buffers"), ("--model frozen", 1, "frozen"),
+    ("--model in_place", 1, "vmap")])
+def test_stacks(tmp_path, capsys, flags, size, why):
+    """All seeds are stacked, but on a CPU not those of images of many tokens; a line says why where they cannot be."""
+    args = train.parse_flags(f"--seed 0 1 2 --runs-dir {tmp_path} {flags}".split())
+    (experiment,) = train.plan_experiments(args, CPU, None)
+    assert train.find_unfinished(experiment, args)[0] == [0, 1, 2][:size]
+    out = capsys.readouterr().out
+    assert why in out and ("one after the other" in out) == bool(why)
+    assert stack.default_size(10**6, torch.device("cuda")) >= 10**6
+
+
+# Compiled and captured.
+
+@pytest.mark.parametrize("asked", [
+    "auto 5000 cpu off 1 g++ compiled", "auto 4999 cpu off 1 g++ plain", "auto 5000 cpu off 1 none plain",
+    "no 5000 cpu off 1 g++ plain", "yes 1 cpu float16 2 none compiled", "auto 1 cuda off 1 none compiled",
+    "no 1 cuda off 1 none plain", "auto 1 cuda float16 1 none plain", "yes 1 cuda bfloat16 1 none compiled",
+    "yes 1 cuda float16 1 none refused", "yes 1 cuda off 2 none refused"])
+def test_when_to_compile(monkeypatch, capsys, asked):
+    """--compile auto compiles on a CPU with a compiler, when all steps of all seeds are many enough; on CUDA it
+    captures steps that can be. A line says where what is asked for cannot be."""
+    flag, steps, device, amp, ranks, compiler, expected = asked.split()
+    monkeypatch.setattr(stack.shutil, "which", lambda name: None if compiler == "none" else compiler)
+    monkeypatch.setattr(machine, "world_size", lambda: int(ranks))
+    assert stack.is_compiled(flag, int(steps), torch.device(device), amp) is (expected == "compiled")
+    assert ("not captured" in capsys.readouterr().out) == (expected == "refused")
+
+
+@pytest.mark.parametrize("model, backend, steps", [("vit", "inductor", 220), ("buffered", "eager", 110)])
+def test_compiled_losses(tmp_path, monkeypatch, model, backend, steps):
+    """Compiled and plain losses agree, of a stack and of seeds one after the other, more than torch compiles of one
+    function. The smaller last batch is not compiled for, and the trial that begins each leaves buffers as they were."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    # "eager" takes what torch traces as it is. Of 110 batches an epoch, those of a stack are counted for each seed.
+    monkeypatch.setattr(stack, "COMPILED_STEPS", steps)
+    for choice in ("no", "auto"):
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1,
+                                        fail_on_recompile_limit_hit=True):
+            assert command(*QUICK, tmp_path / choice, "--model", model, "--seed", "0", "1", "--compile", choice) == 0
+    for plain in (tmp_path / "no").iterdir():
+        compiled = tmp_path / "auto" / plain.name
+        assert [records.read_config(run)[1]["compiled"] for run in (plain, compiled)] == [False, True]
+        for name in ("train_loss", "val_loss"):
+            close(column(compiled, name), column(plain, name), atol=1e-4)
+        assert records.read_checkpoint(compiled / "best.pt").get("blocks.0.attn.calls", STEPS) == STEPS
+
+
+def test_without_a_compiler(tmp_path, monkeypatch, capsys):
+    """Where compiling fails, --compile yes is one line and exit 2, and auto says so in one line and trains without; a
+    line says beforehand that it takes long, and torch's own about CUDA and its old functions are not seen."""
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("import warnings\nwarnings.warn_explicit('old', FutureWarning, 'a.py', 1, module='torch.a')")
+    process = launch("train.py", *QUICK, tmp_path / "yes", "--compile", "yes", "--plugin", plugin, CXX="/bin/false",
+                     CUDA_HOME="/usr", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    fail = Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no compiler"))
+    monkeypatch.setattr(stack, "COMPILED_STEPS", 1)
+    monkeypatch.setattr(stack.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", Mock(return_value=fail))
+    assert command(*QUICK, tmp_path / "auto") == 0
+    out, err = capsys.readouterr()
+    assert [line.count("--compile") for line in out.splitlines() if "(no compiler)" in line] == [1] and err == ""
+    assert records.read_config(tmp_path / "auto/mnist-vit-seed0")[1]["compiled"] is False
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and err.count("\n") == 1 and "--compile" in err and "compiling, which" in out, err
+    assert not list(tmp_path.glob("yes/*/*"))
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """What stands for a CUDA graph: `replay` calls what was put into `kernels` while it was `capturing`."""
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        graph.capturing = True
+        yield
+        graph.capturing = False
+
+    graph = Mock(capturing=False, kernels=[], replay=lambda: [kernel() for kernel in graph.kernels])
+    for name, stand_in in dict(CUDAGraph=lambda: graph, graph=capture, stream=contextlib.nullcontext,
+                               current_stream=Mock()).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(stack, "capture_stream", Mock())
+    return graph
+
+
+def test_capture(graph):
+    """A captured step runs as it is for three batches; then its graph is replayed on each batch's own images."""
+    def step(images, labels, share):
+        sums = torch.zeros(2, 2)
+        kernel = lambda: sums.copy_(torch.stack([share * images.sum(1), labels.sum(1)]))
+        calls.append(kernel)
+        graph.kernels.append(kernel) if graph.capturing else kernel()
+        return sums
+
+    calls, group = [], {}
+    run = stack.capture(step, Mock(param_groups=[group]))
+    for images, labels in torch.rand(6, 2, 2, 3):
+        close(run(images, labels, 1 / 3), torch.stack([images.mean(1), labels.sum(1)]), atol=1e-6)
+    assert len(calls) == 4 and group["capturable"]
+
+
+@pytest.mark.parametrize("error, expected, words", [
+    (RuntimeError("not permitted\nwhen capturing"), UserError, r"\(not permitted\): give --compile no"),
+    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "memory")])
+def test_steps_that_cannot_be_captured(graph, error, expected, words):
+    """What fails in the capture alone is one line that names the flag; too little memory stays what it is."""
+    def step(*batch):
+        if graph.capturing:
+            raise error
+
+    run = stack.capture(step, Mock(param_groups=[]))
+    with pytest.raises(expected, match=words):
+        for _ in range(4):
+            run(torch.rand(2, 3), torch.zeros(2, 3), 1 / 3)
+
+
+# On CUDA.
+
+@pytest.fixture(params=["cuda:0", "cuda:1"][:max(1, torch.cuda.device_count())])
+def cuda(request):
+    """A card, in the state that train.py puts it into; deterministic algorithms are for this test alone."""
+    yield machine.pick_device(request.param)
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_losses(cuda, model, seeds, compiled):
+    """On CUDA a model, and a stack of it, have the losses of the CPU, plain and captured, and in bfloat16 nearly; in
+    that, too, a stack has nearly the losses of single seeds."""
+    def losses(amp, seeds, device, compiled=False):
+        stacked, *others = make_runs(*f"--lr 1e-3 --muon-lr 2e-3 --no-augment --amp {amp}".split(), count=4_001,
+                                     model=model, seeds=seeds, device=device, compiled=compiled)
+        assert stacked.compiled == compiled
+        return epoch_losses(stacked, *others)
+
+    expected, half = losses("off", seeds, CPU), losses("bfloat16", seeds, cuda, compiled)
+    close(losses("off", seeds, cuda, compiled), expected, atol=1e-3)
+    close(half, expected, rtol=0.03, atol=0)
+    close(half, torch.cat([losses("bfloat16", [seed], cuda) for seed in seeds]), rtol=0.01, atol=0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("flags", [
+    "--amp off", "--amp bfloat16 --seed 0 1", "--amp float16", "--compile yes", "--compile yes --seed 0 1",
+    "--dataset clutteredmnist --patch-size 12"])
+def test_cuda_repeats_a_record(cuda, tmp_path, flags):
+    """On CUDA the same seed gives the same record, analysis included, captured or not, also where it was interrupted
+    and resumed; its checkpoints hold tensors of the CPU, where they have nearly its figures."""
+    flags = [*TINY, *f"--device {cuda} --epochs 2 --dropout 0.1 --analysis {flags} --runs-dir".split()]
+    assert command(*flags, tmp_path / "first") == 0
+    begin(*flags, tmp_path / "second")
+    assert command(*flags, tmp_path / "second") == 0
+    for folder in (tmp_path / "first").iterdir():
+        assert_same_run(tmp_path / "second" / folder.name, folder)
+        assert {weights.device for weights in torch.load(folder / "best.pt", weights_only=True).values()} == {CPU}
+        _, settings, _, summary, *_ = records.read_run(folder)
+        net = stack.StackedModel([stack.load_model(folder, settings)])
+        ((loss, _),) = stack.evaluate(net, cut(mnist()["test"], 2_001), settings)
+        assert summary["test_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+# What a model attends to, and how its branches respond.
 
 def test_attention_figures():
-    """Each figure is that of two rows of weights computed by hand; the ratio is weight a relevant patch over weight an
+    """Each figure is that of a row of weights computed by hand; the ratio is weight a relevant patch over weight an
     irrelevant one: of 2 and 6 patches with half of the weight on each kind, 3."""
-    row = torch.tensor([[[0.5, 0.25, -0.5, 0.0, 0.75], [0.2, 0.2, 0.2, 0.2, 0.2]]])  # an image, two heads, 4 patches
-    relevant, ink = torch.tensor([[True, False, False, True]]), torch.tensor([[True, True, False, True]])
-    figures = {name: figure[0].tolist() for name, figure in analysis.attention_figures(row, relevant, ink).items()}
+    row = torch.tensor([[[0.5, 0.25, -0.5, 0.0, 0.5]]])  # an image, a head, itself and 4 patches
+    relevant, ink = torch.tensor([[True, False, False, True]]), torch.tensor([[True, False, True, True]])
+    figures = analysis.attention_figures(row, relevant, ink)
+    entropy = -sum(weight / 1.75 * math.log(weight / 1.75) for weight in (0.5, 0.25, 0.5, 0.5))
     assert list(figures) == records.ATTENTION_FIGURES[:-1]
-    assert figures["irrelevant_share"] == pytest.approx([0.5 / 1.5, 0.5])
-    assert figures["uniform_share"] == pytest.approx([0.5, 0.5])
-    assert figures["ink_share"] == pytest.approx([1.0, 0.75])
-    assert figures["negative_share"] == pytest.approx([0.25, 0.0])
-    assert figures["lambda"] == pytest.approx([0.0, 0.0], abs=1e-6)
-    weights = [0.25, 0.125, 0.25, 0.375]
-    assert figures["entropy"] == pytest.approx([-sum(w * math.log(w) for w in weights), math.log(5)])
+    assert [figure.item() for figure in figures.values()] == pytest.approx(
+        [0.5 / 1.25, 2 / 4, 0.75 / 1.25, entropy, 0.5 / 1.75, 1 - 0.75])
     assert analysis.signal_to_noise(0.5, 6 / 8) == pytest.approx(3)
     assert math.isnan(analysis.signal_to_noise(0.0, 0.0))
-
-
-def measured(look, split, settings):
-    """The rows of attention.csv, by condition, of a model whose class token looks as `look` says in each of two heads:
-    images (B, C, H, W) -> weights of the patches (B, P)."""
-    model = torch.nn.Module()
-    model.attention_maps = lambda images: [F.pad(look(images), (1, 0))[:, None, None].expand(-1, 2, 1, -1)]
-    (rows,) = analysis.measure_attention([model], split, settings)
-    assert [(row["block"], row["head"]) for row in rows] == [(0, 0), (0, 1)] * (len(rows) // 2)
-    return {row["condition"]: row for row in rows}
 
 
 @pytest.mark.parametrize("dataset, conditions", [
@@ -63,184 +338,164 @@ def measured(look, split, settings):
     ("clutteredmnist", ["0_distractors", "4_distractors", "8_distractors", "16_distractors", "gaussian_noise_3"])])
 def test_lookers(dataset, conditions):
     """A model that looks at ink scores nothing on the irrelevant where the object is alone, and the more the more
-    distractors there are; one that looks anywhere scores its share, and one that looks away everything."""
+    distractors there are; one that looks anywhere scores the share of patches without the object."""
     split, settings = cut(mnist()["test"], 1_100), settings_for(dataset=dataset)
-    side, black = settings["patch_size"], data.normalize(torch.zeros(1, 1, 1, 1), dataset).item()
+    side, black = settings["patch_size"], data.normalize(torch.zeros(1, 1, 1, 1), dataset)
     objects = torch.cat([pixels for _, pixels in data.evaluation_pixels(split, settings | dict(distractors=0))])
-    empty = objects.unflatten(2, (-1, side)).unflatten(4, (-1, side)).amax((1, 3, 5)).flatten(1) == 0
+    empty = F.max_pool2d(objects, side).flatten(1) == 0
 
-    def ink(images):
-        return F.max_pool2d((images > black + 1e-4).float(), side).flatten(1)
+    def measured(look):
+        """The row of each condition, of a model whose class token weighs patches (B, P) by their ink as `look` says."""
+        model = torch.nn.Linear(1, 1)
+        model.attention_maps = lambda images: [
+            F.pad(look(F.max_pool2d((images > black + 1e-4).float(), side).flatten(1)), (1, 0))[:, None, None]]
+        (rows,) = analysis.measure_attention(stack.StackedModel([model]), split, settings)
+        return {row["condition"]: row for row in rows}
 
-    seeing = measured(ink, split, settings)
-    assert list(seeing) == conditions
-    counts = [row for condition, row in seeing.items() if condition != "gaussian_noise_3"]
-    assert counts[0]["irrelevant_share"] == 0 and counts[0]["signal_to_noise"] == math.inf
-    assert all(more["irrelevant_share"] > fewer["irrelevant_share"] for fewer, more in zip(counts, counts[1:]))
-    for row in measured(lambda images: torch.ones_like(ink(images)), split, settings).values():
+    seeing = measured(lambda ink: ink)
+    counts = [row["irrelevant_share"] for name, row in seeing.items() if name != "gaussian_noise_3"]
+    assert list(seeing) == conditions and counts[0] == 0 and counts == sorted(set(counts))
+    assert seeing[conditions[0]]["signal_to_noise"] == math.inf
+    assert all(row["ink_share"] > 1 - 1e-6 for name, row in seeing.items() if not name.endswith("_3"))
+    for row in measured(torch.ones_like).values():
         assert [row["irrelevant_share"], row["uniform_share"]] == pytest.approx(2 * [empty.float().mean().item()])
         assert row["signal_to_noise"] == pytest.approx(1, abs=1e-4)
-    blind = measured(lambda images: 1 - ink(images), split, settings)[conditions[0]]  # or nothing, where all is ink
-    assert blind["irrelevant_share"] == pytest.approx(empty.any(1).float().mean().item()) and blind["ink_share"] == 0
 
-
-# How branches respond, and stacks of seeds.
 
 def models_of(name, count=1):
-    """Settings and models of two blocks whose maps are far from uniform."""
-    settings, models = settings_for("--depth", "2", model=name), []
-    for seed in range(count):
-        models.append(randomize(analysis.make_model(settings | dict(seed=seed))).float())
-        for block in models[-1].blocks:
-            block.attn.qkv.weight.data *= 3
-    return settings, models
+    """Settings and models whose maps are far from uniform."""
+    settings = settings_for(model=name)
+    return settings, [randomize(stack.make_model(settings | dict(seed=seed))).float() for seed in range(count)]
 
 
 @pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
-def test_response(monkeypatch, name):
-    """Each figure of response.csv is that of the definition, in plain float64, from what a hook sees enter the
-    attention: change by the corruption over the clean outputs around their mean, the share of it that all images have
-    in common, and mean cosines of first branch and minus the second."""
-    monkeypatch.setattr(data, "EVALUATION_BATCH", 200)
-    split, (settings, (model,)), seen = cut(mnist()["test"], 300), models_of(name), []
-    (rows,) = analysis.measure_response([model], split, settings)
-    for block in model.double().eval().blocks:
-        block.attn.register_forward_pre_hook(lambda attn, arguments: seen.append(
-            [branch.detach() * sign for branch, sign in zip(attn.branches(arguments[0]), (1, -1))]))
+def test_response(name):
+    """Each figure is that of the definition, in float64, from what a hook sees: change by the corruption over clean
+    outputs around their mean, the share of it that all images have, and cosines of first branch and minus second."""
+    split, (settings, (model,)), seen = cut(mnist()["test"], 300), models_of(name), []  # two batches
+    rows = iter(*analysis.measure_response(stack.StackedModel([copy.deepcopy(model)]), split, settings))
+    for block in model.double().blocks:
+        block.attn.register_forward_pre_hook(lambda attn, arguments: seen.append(attn.branches(arguments[0])))
 
-    def outputs(name):
+    def outputs(batches):
+        """Of each block those of the first branch, of minus the second, and of both."""
         seen.clear()
-        pixels = [data.corrupt(part.float(), name, 3 if name else 0, 200 * i, split, settings)
-                  for i, part in enumerate(split.images.split(200))]
-        model(data.normalize(torch.cat(pixels), "mnist").double())
-        for branches, tokens in zip(seen, (None, 1)):  # of the last block the class token is read alone
-            branches = [branch[:, :, :tokens] for branch in branches]
-            yield branches if len(branches) == 1 else [*branches, branches[0] - branches[1]]
+        with torch.no_grad():
+            model(torch.cat([images for *_, images, _ in batches]).double())
+        for tokens, (first, *others) in zip((None, 1), seen):  # of the last block the class token is read alone
+            yield [kind[:, :, :tokens] for kind in (first, *(-other for other in others), sum(others, first))]
 
-    clean = list(outputs(None))
-    rows = {(row["condition"], row["block"], row["head"]): row for row in rows}
-    conditions = ["gaussian_noise_3", "gaussian_noise_shift_3"]
-    assert list(rows) == [*itertools.product(conditions, (0, 1), (0, 1))]
-    for condition in conditions:
-        for block, (before, after) in enumerate(zip(clean, outputs(condition.removesuffix("_3")))):
-            for head in range(2):
-                signals, changes = ([kind[:, head] for kind in kinds] for kinds in (
-                    [output - output.mean(0) for output in before], [x - y for x, y in zip(after, before)]))
-                energies = [change.square().sum() for change in changes]
-                expected = [[energy / signal.square().sum() for energy, signal in zip(energies, signals)],
-                            [len(change) * change.mean(0).square().sum() / energy
-                             for change, energy in zip(changes, energies)],
-                            [F.cosine_similarity(*kind[:2], dim=2).mean() for kind in (changes, signals)
-                             if len(kind) > 1]]
-                found = [rows[condition, block, head][figure] for figure in records.RESPONSE_FIGURES]
-                if name == "vit":
-                    assert found[0] == found[2] and found[3] == found[5]
-                    assert [found.pop(i) for i in (7, 6, 4, 3, 1, 0)].count("") == 4
-                assert found == pytest.approx([float(value) for values in expected for value in values], rel=1e-3)
+    energy = lambda output: output.square().sum((0, 2, 3))  # of each head
+    clean = list(outputs(data.evaluation_batches(split, settings)))
+    for corruption in ("gaussian_noise", "gaussian_noise_shift"):
+        noisy = outputs(corruptions.corrupted_batches(split, settings, [corruption], [3]))
+        for block, kinds in enumerate(zip(clean, noisy)):
+            signals, changes = zip(*((before - before.mean(0), after - before) for before, after in zip(*kinds)))
+            figures = [energy(change) / energy(signal) for change, signal in zip(changes, signals)]
+            figures += [300 * energy(change.mean(0, keepdim=True)) / energy(change) for change in changes]
+            if len(changes) > 2:
+                figures += [F.cosine_similarity(*kind[:2], dim=3).mean((0, 2)) for kind in (changes, signals)]
+            for head, values in enumerate(torch.stack(figures, 1).tolist()):
+                assert list((row := next(rows)).values())[:3] == [f"{corruption}_3", block, head]
+                assert [row[figure] for figure in records.RESPONSE_FIGURES if row[figure] != ""] == pytest.approx(
+                    values, rel=1e-3)
+                assert name != "vit" or row["noise_to_signal_2"] == row["noise_cosine"] == ""
+    assert not list(rows)
 
 
-@pytest.mark.parametrize("mapped, fails", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("how", ["one by one", "mapped", "mapping fails"])
 @pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
-def test_a_stack_is_analysed_as_single_models(monkeypatch, name, mapped, fails):
-    """The figures of models analysed together, mapped or one after the other, as where mapping fails, are those of each
-    alone; what is drawn is drawn once for all of them."""
-    draws, maps = [], []
-
-    def vmap(*arguments, vmap=torch.vmap, **options):
-        maps.append(arguments)
-        if fails:
-            raise RuntimeError("out of memory")
-        return vmap(*arguments, **options)
-
-    monkeypatch.setattr(torch, "vmap", vmap)
-    monkeypatch.setattr(data, "draw_corruption", lambda *arguments, draw=data.draw_corruption: draws.append(
-        arguments) or draw(*arguments))
-    split, (settings, models) = cut(mnist()["test"], 130), models_of(name, 2)
+@patch.object(corruptions, "draw_numbers", wraps=corruptions.draw_numbers)
+@patch.object(torch, "vmap", wraps=torch.vmap)
+def test_a_stack_is_analysed_as_single_models(vmap, draw, name, how):
+    """The figures of models analysed together, mapped as on CUDA or one after the other, as where mapping fails, are
+    those of each alone; what is drawn is drawn once for all of them."""
+    vmap.side_effect = RuntimeError("out of memory") if how == "mapping fails" else None
+    (settings, models), split = models_of(name, 2), cut(mnist()["test"], 130)
 
     def measure(models):
-        draws.clear()
-        return [function(models, split, settings) for function in (
-            analysis.evaluate, analysis.measure_lambdas, analysis.measure_noise, analysis.measure_attention,
-            analysis.measure_response)], len(draws)
+        """The values of each model, and how many draws they took."""
+        net = stack.StackedModel(copy.deepcopy(models))
+        if how != "one by one":
+            net.parameters = lambda: iter([Mock(is_cuda=True)])
+        draw.reset_mock()
+        functions = [stack.evaluate, stack.measure_lambdas, *(row.measure for row in analysis.ANALYSES.values())]
+        found = map(tree_leaves, zip(*(function(net, split, settings) for function in functions)))
+        return [[leaf for leaf in leaves if not isinstance(leaf, str)] for leaves in found], draw.call_count
 
-    singles, counts = zip(*(measure([model]) for model in models))
-    monkeypatch.setattr(analysis, "is_mapped", lambda models: mapped)
-    together, count = measure(models)
-    assert set(counts) == {count} and bool(maps) == mapped
-    for single, several in zip(zip(*singles), together, strict=True):
-        leaves, expected = (torch.utils._pytree.tree_leaves(found) for found in (several, [one for one, in single]))
-        assert len(leaves) == len(expected)
-        for found, value in zip(leaves, expected):
-            assert found == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5))
-    assert len({loss for loss, _ in together[0]}) == 2
+    together, draws = measure(models)
+    assert together[0][:2] != together[1][:2] and vmap.called == (how != "one by one")
+    for model, found in zip(models, together):
+        (alone,), draws_alone = measure([model])
+        assert draws_alone == draws
+        close(found, alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("model, left_out", [("vit", set()), ("own_map", {"response.csv"})])
+def test_what_is_offered_is_written(tmp_path, model, left_out):
+    """Each file of ANALYSES is written if the attention offers what it needs."""
+    settings, split = settings_for(model=model), cut(mnist()["test"], 20)
+    names = analysis.analyse([tmp_path], stack.StackedModel([stack.make_model(settings)]), split, settings)
+    assert {*names} == {path.name for path in tmp_path.iterdir()} == analysis.ANALYSES.keys() - left_out
 
 
 # The command.
 
-def run_analysis(*flags):
-    return command("--device", "cpu", *flags, main=analysis.main)
-
-
 def test_the_analysis_is_of_the_best_weights(finished):
     """noise.csv and attention.npz are those of the best weights on the test split."""
-    config, test = read_json(finished / "config.json")["settings"], cut(mnist()["test"], 2_001)
-    model = analysis.make_model(config).eval()
-    model.load_state_dict(torch.load(finished / "best.pt", weights_only=True))
-    noise = {(row["corruption"], row["severity"]): row for row in table(finished / "noise.csv")}
-    assert list(noise) == [*itertools.product(data.CORRUPTIONS, "12345")]
-    with numpy.load(finished / "attention.npz") as arrays:
-        assert set(arrays) == {"images", "labels", "map_0"} and arrays["map_0"].shape == (8, 2, 5, 5)
-        assert arrays["labels"].tolist() == list(range(8)) and arrays["images"].dtype == numpy.uint8
-        maps, *_ = model.attention_maps(data.normalize(torch.tensor(arrays["images"]).float(), "mnist"))
-        torch.testing.assert_close(torch.tensor(arrays["map_0"]).float(), maps.detach(), rtol=0, atol=1e-3)
-        for label, image in enumerate(arrays["images"]):
-            assert (image == test.images[test.labels == label][0].numpy()).all()
-    row = noise["distractors", "4"]
-    corrupted = torch.cat([data.corrupt(part.float(), "distractors", 4, 1_000 * i, test, config)
+    settings, test = records.read_config(finished)[0], cut(mnist()["test"], 2_001)
+    model, rows = stack.load_model(finished, settings).eval(), table(finished / "noise.csv")
+    arrays = {name: torch.tensor(array) for name, array in numpy.load(finished / "attention.npz").items()}
+    firsts = torch.stack([test.images[test.labels == label][0] for label in range(8)])
+    (maps,) = model.attention_maps(data.normalize(firsts.float(), "mnist"))
+    close(arrays.pop("map_0"), maps.detach().half(), atol=1e-3)
+    close(arrays, dict(images=firsts, labels=torch.arange(8)))
+    corrupted = torch.cat([corruptions.corrupt(part.float(), "distractors", 5, 1_000 * i, test, settings)
                            for i, part in enumerate(test.images.split(1_000))])
-    loss, accuracy = loss_by_hand(model, Split(corrupted, test.labels), config)
-    assert [float(row[name]) for name in ("amount", "test_loss", "test_accuracy")] == pytest.approx(
-        [8, loss, accuracy], abs=1e-5)
+    name, *numbers = rows[-1].values()  # severity, amount, loss and accuracy
+    expected = [5, 10, *loss_by_hand(model, data.Split(corrupted, test.labels), settings)]
+    assert name == "distractors" and [*map(float, numbers)] == pytest.approx(expected, abs=1e-5)
+    assert len(rows) == 5 * len(FEW)
 
 
 def test_analysis_again(finished, tmp_path, capsys):
     """analysis.py RUN prints the test figures beside those recorded, equal, and writes the same bytes again."""
     folder = copy_run(finished, tmp_path)
-    for name in records.ANALYSIS:
+    for name in analysis.ANALYSES:
         (folder / name).unlink()
     assert run_analysis(folder) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "test loss" in line]
-    assert [line[0] for line in lines] == ["again", "recorded"] and lines[0][1:] == lines[1][1:]
-    assert f"{read_json(finished / 'summary.json')['test_loss']:.6f}" in lines[0]
+    again, recorded = [line.split() for line in capsys.readouterr().out.splitlines() if "test loss" in line]
+    assert again == ["again", *recorded[1:]] and recorded[0] == "recorded"
+    assert f"{records.read_summary(finished)['test_loss']:.6f}" in again
     for path in finished.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_analysis_says_what_is_wrong(finished, tmp_path, capsys):
+@pytest.mark.parametrize("name, old, new, words", [
+    ("summary.json", "", "{}", ""), ("best.pt", "", "mine", ""), ("config.json", "", "{", ""),
+    ("config.json", "{", " {", ""), ("metrics.csv", "1", "2", ""),
+    ("config.json", '"dim"', '"dam"', ["config.json", "a setting is missing"]),
+    ("config.json", '"vitdiff"', '"vitdif"', ["vitdif", "vitdiff?"]),
+    ("config.json", '"mnist"', '"mnits"', ["mnits", "mnist?"]), ("config.json", '"dim": 8', '"dim": 16', ["best.pt"])])
+def test_damaged_runs(finished, tmp_path, capsys, name, old, new, words):
     """A run that cannot be analysed is one line that names the file at fault, and exit 2; its records stay."""
-    folder, summary = tmp_path / "run", records.read_summary(finished)
-    config = (finished / "config.json").read_text()
-    for name, content, *words in [
-            ("summary.json", "{}"), ("best.pt", "mine"), ("config.json", "{"), ("config.json", config + " "),
-            ("metrics.csv", (finished / "metrics.csv").read_text().replace("1", "2")),
-            ("config.json", config.replace('"clip"', '"slip"'), "config.json", "a setting is missing"),
-            ("config.json", config.replace('"vitdiff"', '"vitdif"'), "vitdif", "vitdiff?"),
-            ("config.json", config.replace('"mnist"', '"mnits"'), "mnits", "mnist?"),
-            ("config.json", config.replace('"dim": 8', '"dim": 16'), "best.pt")]:
-        shutil.copytree(finished, folder, dirs_exist_ok=True)
-        (folder / name).write_text(content)
-        if words:  # as of a run whose checksums are those of this file
-            records.write_summary(folder, summary)
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        assert run_analysis(folder) == 2, (name, content)
-        assert_one_line(capsys, *(words or [folder / name]))
-        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    folder, summary = copy_run(finished, tmp_path), records.read_summary(finished)
+    (folder / name).write_text((folder / name).read_text().replace(old, new) if old else new)
+    if words:  # as of a run whose checksums are those of this file
+        records.write_summary(folder, summary)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert run_analysis(folder) == 2
+    assert_one_line(capsys, *(words or [folder / name]))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_wrong_flags(finished, capsys):
+    """No run, one that does not exist or is in use, and a flag that does not exist are one line and exit 2."""
     with records.locked(finished):
-        assert run_analysis(finished) == 2
-    assert_one_line(capsys, finished)
-    for flags, word in [([], "RUN"), (["nowhere"], "nowhere/config.json"), ([finished, "--epochs", "3"], "--epochs")]:
-        assert run_analysis(*flags) == 2
-        assert_one_line(capsys, "analysis.py: error: ", word)
+        for flags, word in [([finished], finished), ([], "RUN"), (["nowhere"], "nowhere/config.json"),
+                            ([finished, "--epochs", "3"], "--epochs")]:
+            assert run_analysis(*flags) == 2
+            assert_one_line(capsys, "analysis.py: error: ", word)
 
 
 @pytest.mark.parametrize("where", ["forward", "attention_map"])
@@ -255,13 +510,11 @@ def test_reference_weights(monkeypatch):
     """The weights of a reference run give its test figures again, and what it attends to on clean images."""
     monkeypatch.setattr(analysis, "attention_conditions", lambda settings: {"clean": (settings, None, 0)})
     run, test = records.read_run(HERE / "runs/reference/mnist-vitdiff-seed0"), mnist()["test"]
-    model = analysis.load_model(run.folder, run.settings, CPU)
-    ((loss, accuracy),) = analysis.evaluate([model], test, run.settings)
-    assert loss == pytest.approx(run.summary["test_loss"], abs=1e-4)
-    assert accuracy == pytest.approx(run.summary["test_accuracy"], abs=2e-4)
-    (rows,) = analysis.measure_attention([model], test, run.settings)
-    for row, expected in zip(rows, table(run.folder / "attention.csv")):
-        for figure in records.ATTENTION_FIGURES[:-1]:  # the last is a ratio of two of the others
-            assert row[figure] == pytest.approx(float(expected[figure]), abs=1e-3)
-    (lambdas,) = analysis.measure_lambdas([model], test, run.settings)
-    assert lambdas == pytest.approx([row["lambda"] for row in rows[::2]], abs=1e-5)
+    net = stack.StackedModel([stack.load_model(run.folder, run.settings)])
+    (figures,) = stack.evaluate(net, test, run.settings)
+    assert figures == pytest.approx([run.summary["test_loss"], run.summary["test_accuracy"]], abs=2e-4)
+    (rows,), names = analysis.measure_attention(net, test, run.settings), records.ATTENTION_FIGURES[:-1]
+    expected = [float(row[name]) for row in table(run.folder / "attention.csv")[:len(rows)] for name in names]
+    assert [row[name] for row in rows for name in names] == pytest.approx(expected, abs=1e-3)
+    (lambdas,) = stack.measure_lambdas(net, test, run.settings)
+    assert lambdas == pytest.approx({row["block"]: row["lambda"] for row in rows}, abs=1e-5)

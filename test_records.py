@@ -1,67 +1,81 @@
-"""Records: what gather moves into tables reads the same from there, nothing is lost on the way, damage is said."""
+"""Claims about records.py, files.py, gather.py and command.py: what is written reads the same from folders and tables,
+nothing is lost on the way, damage is one line and a bug a traceback, and what a user can put right is said."""
 
 import contextlib
 import csv
 import errno
-import fcntl
-import hashlib
 import io
+import itertools
+import json
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
-import plot
+import command
+import files
+import gather
 import records
+from command import UserError
 
 ODD = {"plugin": None, "flip": True, "note": 'a "b", c', "number": "0.10", "empty": "", "list": [0, [1.5, None]],
        "tiny": 1e-300, "third": 1 / 3, "word": "null", "infinite": "inf", "lines": "a\r\nb", "letters": "π"}
 
 
-def write_run(runs_dir, model="vit", seed=0, dataset="mnist", lambdas=False, settings=(), facts=(), analysed=True,
-              **summary):
+def write_run(runs_dir, model="vit", seed=0, settings=(), facts=(), analysed=True, **summary):
     """A finished run of three epochs, its figures drawn from a generator; returns its folder."""
-    draw = random.Random(f"{model} {seed} {dataset}").random
-    settings = dict(model=model, dataset=dataset, seed=seed, plugin=None, epochs=3, lr=0.006) | dict(settings)
+    draw = random.Random(f"{model} {seed}").random
+    two = ["lambda_0"] * (model == "vitdiff")
+    settings = dict(model=model, dataset="mnist", seed=seed, plugin=None, epochs=3, lr=0.006) | dict(settings)
     folder = records.run_folder(runs_dir, settings)
     folder.mkdir(parents=True)
     records.write_config(folder, settings, dict(parameters=33_034, stack=[seed], compiled=False) | dict(facts))
-    records.write_metrics(folder, [
-        dict(epoch=epoch, lr=draw() / 1e3, train_loss=draw(), val_loss=draw(), val_accuracy=draw(), seconds=draw())
-        | (dict(lambda_0=draw()) if lambdas else {}) for epoch in (1, 2, 3)])
+    records.write_metrics(folder, [dict(epoch=epoch) | {
+        name: draw() for name in ("lr", "val_loss", "val_accuracy", "seconds", *two)} for epoch in (1, 2, 3)])
     if analysed:
         records.write_csv(folder / "noise.csv", [
-            dict(corruption=name, severity=severity, amount=0.1 * severity, test_loss=draw(), test_accuracy=draw())
+            dict(corruption=name, severity=severity, amount=0.1 * severity, test_accuracy=draw())
             for name in ("gaussian_noise", "blur") for severity in (1, 2)])
-        records.write_csv(folder / "attention.csv", [
-            dict(condition="clean", block=0, head=head) | dict.fromkeys(records.ATTENTION_FIGURES[:-1], draw())
-            | dict(signal_to_noise=numpy.inf if head else 1.5) for head in (0, 1)])
-        records.write_csv(folder / "response.csv", [
-            dict(condition="shot_noise_3", block=0, head=head)
-            | {name: draw() if lambdas or name[-2:] != "_2" else "" for name in records.RESPONSE_FIGURES}
-            for head in (0, 1)])
-    (folder / "best.pt").write_bytes(b"weights")
-    records.write_summary(folder, dict(
-        model=model, dataset=dataset, seed=seed, parameters=33_034, epochs=3, best_epoch=2, val_loss=draw(),
-        test_loss=draw(), test_accuracy=draw(), seconds=1 / 3) | summary)
+        heads = [dict(condition="clean", block=0, head=head) for head in range(3)]
+        records.write_csv(folder / "attention.csv", [head | dict.fromkeys(records.ATTENTION_FIGURES, draw()) | dict(
+            signal_to_noise=ratio) for head, ratio in zip(heads, (1.5, numpy.inf, numpy.nan))])
+        records.write_csv(folder / "response.csv", [head | {
+            name: draw() if two or name[-2:] != "_2" else "" for name in records.RESPONSE_FIGURES} for head in heads])
+        write_maps(folder)
+    (folder / "best.pt").touch()
+    records.write_summary(folder, dict(parameters=33_034, epochs=3, best_epoch=2, val_loss=draw(), test_loss=draw(),
+                                       test_accuracy=draw(), seconds=1 / 3) | summary)
     return folder
 
 
+def without_checksums(folder):
+    """The folder of a run, as of one that was made by hand."""
+    records.write_json(folder / "summary.json", records.read_summary(folder))
+    return folder
+
+
+def write_maps(folder, images=(8, 1, 28, 28), maps=(8, 2, 17, 17)):
+    arrays = dict(images=numpy.zeros(images, numpy.uint8), map_0=numpy.ones(maps))
+    records.write_arrays(folder / "attention.npz", arrays)
+
+
 def write_runs(runs_dir, seeds=(0, 1, 2)):
-    for model in ("vit", "vitdiff"):
-        for seed in seeds:
-            write_run(runs_dir, model, seed, lambdas=model == "vitdiff", analysed=seed != 1)
+    for model, seed in itertools.product(("vit", "vitdiff"), seeds):
+        write_run(runs_dir, model, seed, analysed=seed != 1)
 
 
 def contents(runs):
-    """What runs say, by name, without what tables do not keep."""
-    def sort(values):
-        return sorted((name, value) for name, value in values.items() if name != "crc32")
-
-    return {run.folder.name: repr([*map(sort, [run.settings, run.facts, run.metrics, run.summary]), run.noise,
-                                   run.attention, run.response, run.amounts]) for run in runs}
+    """What runs say, by name, without maps, which tables do not keep."""
+    return {run.folder.name: json.dumps(run._replace(maps=None, folder=None), sort_keys=True) for run in runs}
 
 
 def read(folder):
@@ -70,250 +84,413 @@ def read(folder):
     return contents(runs)
 
 
-def test_gathered_runs_read_the_same(tmp_path):
-    """Settings, facts and figures of any type come back equal from the tables, and every seed that is kept stays."""
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_damage(tmp_path):
+    """A damaged run is named and left out, a damaged table is an error that names it, or all is read right: no other
+    figure without a word, and no traceback. But whole rows of runs.csv can be lost, and the runs with them."""
     write_runs(tmp_path)
-    write_run(tmp_path, "vit", 3, settings=ODD, facts={f"{name} fact": value for name, value in ODD.items()})
-    before = read(tmp_path)
-    assert records.main(["gather", str(tmp_path), "--keep-seed", "0", "1"]) == 0
-    assert sorted(path.name for path in records.subfolders(tmp_path)) == [
+    gather.gather(tmp_path, [0])
+    content = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*")) if path.suffix not in (".pt", ".txt")}
+    right, chance, named = read(tmp_path), random.Random(16), 0
+    for path in chance.choices([*content], k=250):
+        old, place, more = content[path], chance.randrange(len(content[path])), chance.choices(b'0,\n"[{nx-\xff\0', k=2)
+        path.write_bytes(chance.choice([
+            b"", old[:place], old[:place] + bytes([old[place] ^ 1 << chance.randrange(8)]) + old[place + 1:],
+            old[:place] + bytes(more) + old[place + chance.randrange(4):],
+            content[chance.choice([other for other in content if other.name == path.name])]]))
+        try:
+            runs, lines = records.find_runs(tmp_path)
+        except UserError as error:
+            runs, lines = [], [str(error)]
+        assert contents(runs).items() <= right.items()
+        assert lines or path.name == "runs.csv" or contents(runs) == right
+        for line in lines:
+            assert line.startswith(str(path.parent)) and path.name in line and "\n" not in line
+            assert path.parent != tmp_path or line.endswith(records.ORIGINAL)
+        named += len(lines)
+        path.write_bytes(old)
+    assert named > 150
+
+
+TEXTS = {  # of files of a run, and what in them is replaced
+    "config.json": ('{"settings": {"model": "vit", "dataset": "mnist", "seed": 0, "epochs": 3}, "facts": {}}', [
+        ('"vit"', '"../vit"'), ('"vit"', "3"), ("3}", "2000000000}"), ("3}", '"3"}'), ("0", "0.5"), ('"seed": 0, ', ""),
+        ('{"settings"', '[{"settings"'), ("{}", "null"), ("facts", "fact"), ("0", "1" * 5000), ("{}", "[" * 200_000),
+        ('"seed"', '"plugin": "mine", "seed"')]),
+    "summary.json": ('{"parameters": 33034, "val_loss": 0.5, "test_loss": 0.5, "test_accuracy": 0.98}', [
+        ("33034", "0"), ("33034", "0.5"), ("33034", "null"), ("0.5", "NaN"), ("0.98", "1.5"), ("0.98", '"0.98"'),
+        ("0.98", "1e400"), ("val_loss", "loss"), ("}", ', "crc32": 3}'), ("}", ', "crc32": {}}'), ("{", "[{")]),
+    "metrics.csv": ("epoch,val_loss,val_accuracy\n1,1,0.5\n2,1,0.5\n3,1,0.5\n", [
+        ("2,1", "2,1e300"), ("2,1", "1,1"), ("2,1,", "2,"), ("2,1", '2,"1'), ("2,1", "2,"), ("val_loss", "epoch"),
+        ("val_loss", "loss"), ("2,1,0.5", "2,1,1.5"), ("\n1,1,0.5\n2,1,0.5\n3,1,0.5", "")]),
+    "noise.csv": ("corruption,severity,amount,test_accuracy\nblur,1,2,0.5\n", [
+        ("0.5", "nan"), ("0.5", "word"), ("0.5", ""), ("0.5", "1.5"), ("1,2", "2,2"), ("1,2", "1,nan"), ("1,2", "x,2"),
+        ("blur", ""), ("blur", "bl\udcff"), ("severity", "amount"), ("0.5", "0.5\nx,1,2,0.5\nx,2,2,0.5")]),
+    "attention.csv": (f"condition,block,head,{','.join(records.ATTENTION_FIGURES)}\nclean,0,0,0,0,0,0,0,0,0\n", [
+        ("clean,0,0", "clean,1,0"), ("clean,0,0", "clean,0,1"), ("clean,0,0", "clean,x,0"), ("clean", ""),
+        ("0,0\n", "0,\n"), ("entropy", "entrop"), ("0,0\n", "0,-1\n"),
+        ("0\n", "0\nb,0,0,0,0,0,0,0,0,0\nb,0,1,0,0,0,0,0,0,0\n")]),
+    "response.csv": ("condition,block,head,noise_to_signal\nblur_3,0,0,0.5\n", [("3,0", "3,1"), ("0.5", "inf")])}
+DAMAGED = [*((name, text.replace(*words)) for name, (text, changes) in TEXTS.items() for words in changes),
+           ("attention.npz", "PK\x03\x04"), *(("attention.npz", shapes) for shapes in [
+               dict(maps=(8, 2, 18, 18)), dict(maps=(7, 2, 17, 17)), dict(maps=(8, 17, 17)), dict(maps=(8, 0, 17, 17)),
+               dict(images=(8, 2, 28, 28)), dict(images=(8, 28, 28))])]
+
+
+@pytest.mark.parametrize("name, content", DAMAGED)
+def test_damage_without_checksums(tmp_path, name, content):
+    """Of a run made by hand, which has no checksums, a file of another structure is named, and the run left out."""
+    path = without_checksums(write_run(tmp_path)) / name
+    if isinstance(content, dict):
+        write_maps(path.parent, **content)
+    else:
+        path.write_text(TEXTS[name][0] if name in TEXTS else "")
+        assert name == "attention.npz" or records.read_run(path.parent)
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    runs, (line,) = records.find_runs(tmp_path)
+    assert not runs and line.startswith(str(path.parent)) and "\n" not in line and len(line) < 400
+    assert name in line or "metrics.csv is damaged or not of this run (it has not one row an epoch)" in line
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, TypeError, RuntimeError, IndexError])
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch, error):
+    """A bug of the program while it reads a file is no damage of the file."""
+    def buggy(rows):
+        raise error("mistyped")
+
+    write_run(tmp_path)
+    monkeypatch.setitem(records.READERS, "noise", ("noise.csv", buggy))
+    with pytest.raises(error, match="mistyped"):
+        records.find_runs(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:-300], lambda old: b"PK" + old,
+                                    lambda old: old.replace(b"\0\0\x80?", b"\0\0\x81?"), zlib.compress])
+def test_checkpoints(tmp_path, damage):
+    """Checkpoints hold CPU tensors of their own memory, and a damaged one is named."""
+    path, big = tmp_path / "last.pt", torch.ones(10**6)
+    records.write_checkpoint(path, dict(seeds=[0], best=None, parts=[dict(part=big[2:4].requires_grad_())]))
+    part = records.read_checkpoint(path)["parts"][0]["part"]
+    assert torch.equal(part, big[:2]) and not part.requires_grad and path.stat().st_size < 10_000
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        records.read_checkpoint(path)
+
+
+def test_gathered_runs_read_the_same(tmp_path):
+    """Settings, facts and figures of any type come back equal from the tables, and every seed that is kept stays: also
+    in a folder, and with a plugin, of a Latin-1 name, and with the line ends of Windows."""
+    name = os.fsdecode(b"caf\xe9") if sys.platform == "linux" else "café"  # not every system has the first
+    folder, source = tmp_path / name, tmp_path / f"{name}.py"
+    source.write_text("")
+    write_runs(folder)
+    write_run(folder, "vit", 3, settings=ODD, facts={f"{name} fact": value for name, value in ODD.items()})
+    without_checksums(write_run(folder, "vit", 11, settings=dict(plugin=records.execute_plugin(source))))
+    before = read(folder)
+    assert gather.main([str(folder), "--keep-seed", "0", "1"]) == 0
+    assert [path.name for path in records.subfolders(folder)] == [
         f"mnist-{model}-seed{seed}" for model in ("vit", "vitdiff") for seed in (0, 1)]
-    assert read(tmp_path) == before
-    write_run(tmp_path, "vit", 4)  # gathering again adds to the tables
-    before = read(tmp_path)
-    assert records.main(["gather", str(tmp_path)]) == 0
-    assert not records.subfolders(tmp_path) and read(tmp_path) == before
+    for path in [*folder.rglob("*.csv"), *folder.rglob("*.json")]:
+        assert read(folder) == before
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read(folder) == before
+    write_run(folder, "vit", 4)  # gathering again adds to the tables
+    before = read(folder)
+    assert gather.main([str(folder)]) == 0
+    assert names_in(folder) == sorted(records.TABLES) and read(folder) == before
+    assert re.findall("^mnist-(.*?),", (folder / "runs.csv").read_text(), re.MULTILINE) == [
+        *(f"vit-seed{seed}" for seed in (0, 1, 2, 3, 4, 11)), *(f"vitdiff-seed{seed}" for seed in (0, 1, 2))]
 
 
 def test_tables_are_plain(tmp_path):
-    """Any reader of CSV finds a row a run, numbers that are the recorded ones, and the checksums of sha256sum."""
+    """Any reader of CSV finds a row a run, numbers that are the recorded ones, and a CRC-32 of the run's cells."""
     write_runs(tmp_path)
     summaries = {run.folder.name: run.summary for run in records.find_runs(tmp_path)[0]}
-    records.gather(tmp_path)
-    with open(tmp_path / "runs.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [*rows[0]][:5] == ["run", "args", "model", "dataset", "seed"] and len(rows[0]) == len(set(rows[0]))
-    for row in rows:
+    gather.gather(tmp_path)
+    tables = {name: list(csv.DictReader((tmp_path / name).open(newline=""))) for name in records.TABLES}
+    columns = list(tables["runs.csv"][0])
+    assert columns[:5] == ["run", "args", "model", "dataset", "seed"] and columns[-1] == "checksum"
+    assert columns.index("lr") < columns.index("parameters") < columns.index("stack") < columns.index("val_loss")
+    for row in tables["runs.csv"]:
         assert float(row["test_loss"]) == summaries[row["run"]]["test_loss"]
         assert row["args"].startswith(f"--model {row['model']} --dataset mnist --seed {row['seed']}")
-    sums = dict(reversed(line.split("  ")) for line in (tmp_path / records.SUMS).read_text().splitlines())
-    assert sums == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in records.TABLES}
+        cells, checksum = {}, row.pop("checksum")
+        for name, rows in tables.items():
+            own = [part for part in rows if part["run"] == row["run"]]
+            filled = [column for column in rows[0] if column != "run" and any(part.get(column) for part in own)]
+            cells |= {name: {column: [part[column] or None for part in own] for column in filled}} if own else {}
+        assert int(checksum) == zlib.crc32(json.dumps(cells, sort_keys=True).encode())
 
 
-@contextlib.contextmanager
-def killed_at(call, monkeypatch):
-    """A block in which the system call of this number, of those that change files, does not happen, nor any later."""
-    left = call
-
-    def counted(function):
-        def run(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-        return run
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
+def before_each_change(patch, function):
+    """Call `function` before each system call that changes files."""
+    for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+        patch.setattr(os, name, lambda *args, change=getattr(os, name), **kwargs: [
+            function(), change(*args, **kwargs)][1])
 
 
 def test_gather_killed_at_any_write(tmp_path, monkeypatch):
-    """Killed at any moment, each run is in its folder or in the tables, and the same command goes on."""
+    """Killed at any moment, each run reads the same from its folder or the tables, and the same command goes on."""
     monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     write_runs(tmp_path / "first", seeds=(0, 1))
     write_runs(tmp_path / "more", seeds=(2,))
     expected = read(tmp_path / "first") | read(tmp_path / "more")
     random.seed(0)
-    for trial in range(200):
+    for trial in range(30):
         folder = tmp_path / "runs"
         shutil.copytree(tmp_path / "first", folder)
-        records.gather(folder, [0])
+        if trial % 2:
+            gather.gather(folder, [0])
         shutil.copytree(tmp_path / "more", folder, dirs_exist_ok=True)
         for _ in range(random.choice([1, 1, 2, 3])):
-            with killed_at(random.randrange(70), monkeypatch):
-                records.gather(folder)
-            tabled = contents(records.read_tables(folder))
-            in_folders = {child.name: contents([records.read_run(child)])[child.name]
-                          for child in records.subfolders(folder)}
-            assert tabled | in_folders == in_folders | tabled == expected, trial
-        records.gather(folder)
-        assert contents(records.read_tables(folder)) == expected
-        assert sorted(path.name for path in folder.iterdir()) == sorted([*records.TABLES, records.SUMS])
+            left = itertools.chain(range(random.randrange(90), 0, -1), itertools.repeat(0))
+            with contextlib.suppress(KeyboardInterrupt), monkeypatch.context() as patch:
+                before_each_change(patch, lambda: next(left) or signal.raise_signal(signal.SIGINT))
+                gather.gather(folder)
+            assert read(folder) == expected, trial
+        gather.gather(folder)
+        assert contents(records.read_tables(folder).values()) == expected
+        assert names_in(folder) == sorted(records.TABLES)
         shutil.rmtree(folder)
+
+
+def test_reading_while_runs_are_gathered(tmp_path, monkeypatch):
+    """Who reads at any moment of a gather finds every run once, and so does who is overtaken by one while he reads."""
+    def check():
+        assert read(tmp_path / "runs") == expected
+
+    write_runs(tmp_path / "again")
+    expected = read(shutil.copytree(tmp_path / "again", tmp_path / "runs"))
+    with monkeypatch.context() as patch:
+        before_each_change(patch, check)
+        gather.gather(tmp_path / "runs", [0])
+        gather.gather(tmp_path / "runs")
+    for place in range(0, 60, 4):
+        calls, folder = itertools.count(-place), shutil.copytree(tmp_path / "again", tmp_path / str(place))
+
+        def overtaken(path, *encoding, read_text=Path.read_text):
+            if next(calls) == 0:
+                gather.gather(folder)
+            return read_text(path, *encoding)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", overtaken)
+            assert read(folder) == expected, place
 
 
 @pytest.mark.parametrize("spoil, complaint", [
     (lambda run: (run / "summary.json").unlink(), "mnist-vit-seed1 is not finished"),
     (lambda run: (run / "noise.csv").write_text("a,b\n1,2\n"), "mnist-vit-seed1/noise.csv is damaged"),
-    (lambda run: (run / "metrics.csv").unlink(), "mnist-vit-seed1/metrics.csv is damaged|missing"),
+    (lambda run: (run / "metrics.csv").unlink(), "mnist-vit-seed1/metrics.csv is missing"),
     (lambda run: (run / ".thoughts").write_text("mine"), "mnist-vit-seed1 holds .thoughts"),
     (lambda run: (run / "my.py").write_text("an edited plugin"), "mnist-vit-seed1 holds my.py"),
     (lambda run: run.rename(run.parent / ".away").parent.joinpath(run.name).symlink_to(".away"), "seed1 is a link"),
-    (lambda run: (run.parent / "metrics.csv").write_text("mine"), "metrics.csv is not a table of SHA256SUMS"),
-    (lambda run: records.write_summary(run, records.read_summary(run) | dict(epochs=4)), "seed1 would not be the same"),
+    (lambda run: (run.parent / "metrics.csv").write_text("mine"), "metrics.csv is .*first column is not run"),
+    (lambda run: (without_checksums(run) / "noise.csv").write_text("corruption,severity,test_accuracy\nblur,1,0.5\n"),
+     "noise.csv has no column amount: run python analysis.py .*mnist-vit-seed1, which analyses the run again"),
+    (lambda run: shutil.copytree(run, run.parent / "copy"), "seed1 and .*copy are runs of"),
+    (lambda run: records.write_summary(run, records.read_summary(run) | dict(epochs=4)), "it contradicts config.json"),
 ])
 def test_gather_refuses(spoil, complaint, tmp_path):
-    """What is unfinished, damaged or of the user's own stops the whole command, by name, and nothing changes."""
-    for seed in (0, 1, 2):
-        write_run(tmp_path, seed=seed)
+    """What is unfinished, damaged or of the user's own stops the whole command, by name, and nothing changes; but not
+    what desktops, offices and killed processes leave in folders."""
+    for seed, litter in enumerate([".DS_Store", "~$noise.csv", ".best.pt.7.partial"]):
+        (write_run(tmp_path, seed=seed) / litter).touch()
     spoil(tmp_path / "mnist-vit-seed1")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(records.UserError, match=complaint):
-        records.gather(tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(records.UserError, match="no run of seed 7 to keep"):
-        records.gather(write_run(tmp_path / "other").parent, [7])
+    before = {path for path in tmp_path.rglob("*") if path.suffix != ".partial"}
+    with pytest.raises(UserError, match=complaint):
+        gather.gather(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.suffix != ".partial"} == before
+    with pytest.raises(UserError, match="no run of seed 7 to keep"):
+        gather.gather(write_run(tmp_path / "other").parent, [7])
 
 
-def test_a_run_in_both_places(tmp_path, capsys):
-    """A run in the tables and in a folder: plot.py names both, gather deletes the folder only if it is the same run."""
-    write_run(tmp_path / "runs")
-    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
-    records.gather(tmp_path / "runs")
-    shutil.copytree(tmp_path / "copy", tmp_path / "runs", dirs_exist_ok=True)
-    assert plot.main([str(tmp_path / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert "mnist-vit-seed0" in error and "runs.csv" in error and error.count("\n") == 1
-    other = write_run(tmp_path / "other", test_loss=1.0)
-    shutil.copytree(other, tmp_path / "runs" / other.name, dirs_exist_ok=True)
-    with pytest.raises(records.UserError, match="seed0 is in the tables as another run"):
-        records.gather(tmp_path / "runs")
-    shutil.copytree(tmp_path / "copy", tmp_path / "runs", dirs_exist_ok=True)
-    records.gather(tmp_path / "runs")
-    assert not records.subfolders(tmp_path / "runs") and len(read(tmp_path / "runs")) == 1
-
-
-def test_damaged_tables(tmp_path):
-    """A damaged or missing table is one line that names it: no traceback, no figure changed without a word."""
-    write_runs(tmp_path)
-    records.gather(tmp_path)
-    right, tables = read(tmp_path), [*records.TABLES, records.SUMS]
-    random.seed(1)
-    originals = {name: (tmp_path / name).read_bytes() for name in tables}
-    for trial in range(200):
-        name, signed = random.choice(tables), trial % 2
-        content = bytearray(originals[name])
-        for _ in range(random.choice([1, 1, 5])):
-            place = random.randrange(len(content))
-            content[place:place + random.randrange(3)] = bytes(
-                random.choices([*b'0,\n"[{nx-\xff', 0], k=random.randrange(3)))
-        (tmp_path / name).write_bytes(content[:random.choice([None, random.randrange(len(content))])])
-        if signed and name != records.SUMS:
-            (tmp_path / records.SUMS).write_text("".join(  # as after a change on purpose: any answer but a traceback
-                f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n" for name in records.TABLES))
-        try:
-            assert read(tmp_path) == right or signed
-        except records.UserError as error:
-            assert "\n" not in str(error) and str(tmp_path) in str(error)
-        for name, content in originals.items():
-            (tmp_path / name).write_bytes(content)
-    for name in tables:
-        (tmp_path / name).unlink()
-        with pytest.raises(records.UserError, match=f"{name} is missing"):
-            records.find_runs(tmp_path)
-        (tmp_path / name).write_bytes(originals[name])
-
-
-def test_line_ends_do_not_matter(tmp_path):
-    """A clone with the line ends of Windows reads the same, folders and tables."""
-    write_runs(tmp_path)
-    records.gather(tmp_path, [0])
-    before = read(tmp_path)
-    for path in tmp_path.rglob("*.*"):
-        if path.suffix in (".csv", ".json"):
-            path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    path = tmp_path / records.SUMS
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read(tmp_path) == before
+def test_a_run_in_both_places(tmp_path):
+    """A run in the tables and in a folder is read once if it is the same, and named if not; gather deletes the first,
+    and nothing of another run, begun or finished, that has the name of one in the tables."""
+    folder, runs = write_run(tmp_path / "runs"), tmp_path / "runs"
+    expected = read(runs)
+    shutil.copytree(folder, tmp_path / "same")
+    gather.gather(runs)
+    shutil.copytree(tmp_path / "same", folder)
+    assert read(runs) == expected and records.find_runs(runs)[0][0].maps
+    gather.gather(runs)
+    assert not folder.exists() and read(runs) == expected
+    write_run(runs, test_loss=1.0)
+    for function in (records.find_runs, gather.gather):
+        with pytest.raises(UserError, match="mnist-vit-seed0 and .*runs.csv hold different runs of this name"):
+            function(runs)
+    (folder / "summary.json").unlink()
+    config = records.read_json(folder / "config.json")
+    for rate, stays in [(0.007, True), (0.006, False)]:
+        config["settings"]["lr"] = rate
+        records.write_json(folder / "config.json", config)
+        assert records.run_state(folder) == "gathered" and read(runs) == expected
+        with contextlib.suppress(UserError):
+            gather.gather(runs)
+        assert folder.exists() == stays
 
 
 def test_gathered_runs_are_not_trained_again(tmp_path):
-    """train.py skips what the tables have, refuses it with other settings or --overwrite, and its weights are gone."""
-    settings = records.read_config(write_run(tmp_path))[0]
-    records.gather(tmp_path)
-    assert records.find_stacks(tmp_path, settings, [0, 1], 2, False) == [[1]]
-    assert records.read_summary(tmp_path / "mnist-vit-seed0")["best_epoch"] == 2
-    with pytest.raises(records.UserError, match="other settings .lr is 0.006 there and 1 here"):
-        records.find_stacks(tmp_path, settings | dict(lr=1), [0], 1, False)
-    with pytest.raises(records.UserError, match="which --overwrite does not change"):
+    """train.py skips what the tables have, refuses it with other settings or --overwrite, and its weights are gone. A
+    setting that either does not have is at the value that changes nothing."""
+    settings, folder = records.read_config(write_run(tmp_path))[0], tmp_path / "mnist-vit-seed0"
+    gather.gather(tmp_path)
+    del settings["plugin"]
+    assert records.find_stacks(tmp_path, settings | dict(shift=0.0, flip=False), [0, 1], 2, False) == [[1]]
+    with pytest.raises(UserError, match="settings .lr is 0.006 there and 1 here; noise is None there and 0.5 here"):
+        records.find_stacks(tmp_path, settings | dict(lr=1, noise=0.5), [0], 1, False)
+    with pytest.raises(UserError, match="which --overwrite does not change"):
         records.find_stacks(tmp_path, settings, [0], 1, True)
     for _ in range(2):
-        with pytest.raises(records.UserError, match="keep no weights: .* python train.py --model vit --dataset mnist"):
-            records.read_config(tmp_path / "mnist-vit-seed0")
-        (tmp_path / "mnist-vit-seed0").mkdir(exist_ok=True)  # an empty folder is no run
-    assert records.read_summary(tmp_path / "mnist-vit-seed0")["best_epoch"] == 2
+        assert records.read_summary(folder)["best_epoch"] == 2
+        with pytest.raises(UserError, match="keep no weights: .* python train.py --model vit --dataset mnist"):
+            records.read_config(folder)
+        folder.mkdir(exist_ok=True)  # an empty folder is no run
 
 
-def test_overwriting_what_is_in_use(tmp_path):
-    """Where one of several runs is in use, --overwrite deletes none."""
+def test_overwriting(tmp_path):
+    """--overwrite deletes all that a run has left, but none where one of several runs is in use."""
     folders = [write_run(tmp_path, seed=seed) for seed in (0, 1)]
-    settings, before = records.read_config(folders[0])[0], sorted(tmp_path.rglob("*.*"))
-    with open(folders[1] / ".lock", "w") as lock, contextlib.ExitStack() as locks:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(records.UserError, match="seed1 is in use"):
-            records.claim_stacks(locks, tmp_path, settings, [0, 1], 2, True)
-    assert sorted(path for path in tmp_path.rglob("*.*") if path.name != ".lock") == before
+    before = sorted(tmp_path.rglob("*.*"))
+    request = tmp_path, records.read_config(folders[0])[0], [0, 1], 2, True
+    with contextlib.ExitStack() as locks:
+        with files.locked(folders[1]), pytest.raises(UserError, match="seed1 is in use"):
+            records.claim_stacks(locks, *request)
+        locks.close()
+        assert sorted(tmp_path.rglob("*.*")) == before
+        assert records.claim_stacks(locks, *request) == [[0, 1]]
+        assert [names_in(folder) for folder in folders] == [[".lock"]] * 2
+
+
+def begin_stack(runs_dir, settings, stack, checkpoint=True):
+    for seed in stack:
+        folder = records.run_folder(runs_dir, settings | dict(seed=seed))
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write_config(folder, settings | dict(seed=seed), dict(stack=stack))
+    if checkpoint:
+        (records.run_folder(runs_dir, settings | dict(seed=stack[0])) / "last.pt").touch()
 
 
 def test_interrupted_stacks(tmp_path):
-    """A stack is resumed as it was, unless it finished no epoch; never where one of its runs was started afresh."""
-    settings = records.read_config(write_run(tmp_path / "finished"))[0]
-    folders = [records.run_folder(tmp_path, settings | dict(seed=seed)) for seed in range(2)]
-    for seed, folder in enumerate(folders):
-        folder.mkdir()
-        records.write_config(folder, settings | dict(seed=seed), dict(stack=[0, 1]), None)
-    assert records.find_stacks(tmp_path, settings, [0, 1], 1, False) == [[0], [1]]
-    (folders[0] / "last.pt").touch()
-    assert records.find_stacks(tmp_path, settings, [0, 1], 1, False) == [[0, 1]]
-    with pytest.raises(records.UserError, match="with --seed 0 1, or give --overwrite"):
-        records.find_stacks(tmp_path, settings, [1], 1, False)
-    assert records.find_stacks(tmp_path, settings, [1], 1, True) == [[1]]
-    with pytest.raises(records.UserError, match="resumed from: resume them first, or give --seed 0 1 to start all"):
-        records.find_stacks(tmp_path, settings, [0], 1, True)
-    assert records.find_stacks(tmp_path, settings, [1, 0], 1, True) == [[1], [0]]
-    records.write_config(folders[1], settings | dict(seed=1), dict(stack=[1]), None)
-    with pytest.raises(records.UserError, match="seed0 was interrupted beside .*seed1, which was started afresh"):
-        records.find_stacks(tmp_path, settings, [0, 1], 1, False)
+    """An interrupted stack is resumed or overwritten as a whole, its finished runs with it, and others begin afresh."""
+    settings, folder = records.read_config(write_run(tmp_path / "other"))[0], tmp_path / "mnist-vit-seed0"
+
+    def stacks(*seeds, overwrite=False):
+        return records.find_stacks(tmp_path, settings, list(seeds), 2, overwrite)
+
+    begin_stack(tmp_path, settings, [1, 0], checkpoint=False)
+    assert stacks(0) == [[0]] and stacks(0, 1) == [[0, 1]]
+    begin_stack(tmp_path, settings, [1, 0])
+    assert stacks(0, 1, 2, 3, 4) == [[1, 0], [2, 3], [4]] and stacks(2) == [[2]]
+    for seed, overwrite in [(0, False), (1, False), (0, True), (1, True)]:
+        with pytest.raises(UserError, match="give --seed 1 0 to resume them together or, with --overwrite, to start"):
+            stacks(seed, overwrite=overwrite)
+    assert stacks(0, 1, overwrite=True) == [[0, 1]]
+    shutil.copy(tmp_path / "other/mnist-vit-seed0/summary.json", folder)  # killed while it was finished
+    assert stacks(0) == [] and stacks(0, 1) == [[1, 0]]
+    with pytest.raises(UserError, match="give --seed 1 0"):
+        stacks(0, overwrite=True)
+    for facts in ({}, dict(stack=3), dict(stack=[1]), dict(stack=["0"])):
+        (folder / "summary.json").unlink(missing_ok=True)
+        records.write_config(folder, settings, facts)
+        with pytest.raises(UserError, match="config.json is damaged .*stack"):
+            stacks(0)
+        assert stacks(0, overwrite=True) == [[0]]
+    for replace in (lambda: begin_stack(tmp_path, settings, [0], checkpoint=False), lambda: shutil.rmtree(folder)):
+        replace()
+        with pytest.raises(UserError, match="stack of the seeds 1 0, one of which was started afresh since"):
+            stacks(0, 1)
+    (tmp_path / "mnist-vit-seed1/config.json").unlink()
+    with pytest.raises(UserError, match="has last.pt but no config.json"):
+        stacks(1)
+    (tmp_path / "mnist-vit-seed5").touch()
+    with pytest.raises(UserError, match="seed5 is a file"):
+        stacks(5)
 
 
 def test_plugin_is_kept_once(tmp_path):
     """Runs of one plugin share its copy, unless it lies beside them; it is found by its content, not by its name."""
-    source, setting = tmp_path / "mine.py", None
+    source, runs = tmp_path / "mine.py", tmp_path / "runs"
     source.write_text("WIDTH = 1\n")
     setting = records.execute_plugin(source)
-    for seed in (0, 1):
-        folder = tmp_path / "runs" / f"mnist-vit-seed{seed}"
+    for folder in (runs / "mnist-vit-seed0", runs / "mnist-vit-seed1"):
         folder.mkdir(parents=True)
         records.write_config(folder, dict(model="vit", plugin=setting), {}, source)
         assert records.find_run_plugin(folder, setting).read_text() == "WIDTH = 1\n"
-    kept = tmp_path / "runs" / "plugins" / f"mine-{setting.split()[1]}.py"
-    assert [*(tmp_path / "runs").rglob("*.py")] == [kept]
-    assert f"--plugin {kept}\n" in (folder / "args.txt").read_text()
-    assert records.keep_plugin(tmp_path, setting, source) == source
-    kept.rename(kept.with_name("renamed.py"))
-    assert records.find_run_plugin(folder, setting).name == "renamed.py"
-    kept.with_name("renamed.py").write_text("WIDTH = 2\n")
-    with pytest.raises(records.UserError, match="no copy lies in"):
+        (kept,) = runs.rglob("*.py")
+        assert f"--plugin {kept}\n" in (folder / "args.txt").read_text()
+    assert records.execute_plugin(kept) == setting and records.keep_plugin(tmp_path, setting, source) == source
+    renamed = kept.rename(kept.with_name("renamed.py"))
+    assert records.find_run_plugin(folder, setting) == renamed
+    renamed.write_text("WIDTH = 2\n")
+    with pytest.raises(UserError, match="no copy lies in"):
         records.find_run_plugin(folder, setting)
 
 
-def test_paths_of_any_bytes(tmp_path):
-    """Runs and a plugin in folders named in Latin-1 are gathered as others are."""
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    source = folder / os.fsdecode(b"pl\xe9.py")
-    try:
-        folder.mkdir()
-        source.write_text("")
-    except OSError:
-        pytest.skip("this file system has no such names")
-    runs = [write_run(folder, seed=seed, settings=dict(plugin=records.execute_plugin(source))) for seed in (0, 1)]
-    before = contents(map(records.read_run, runs))
-    records.gather(folder)
-    assert contents(records.find_runs(folder)[0]) == before
+def test_git_commit(tmp_path, monkeypatch):
+    """A record names the commit, and says that it is dirty when a module has changed, not when a plugin was copied."""
+    def git(*arguments):
+        return subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=e@x.org", *arguments], cwd=tmp_path,
+                              capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit_of(folder):
+        monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
+        return records.git_commit()
+
+    (tmp_path / "records.py").write_text("one = 1\n")
+    git("init", "-q"), git("add", "."), git("commit", "-q", "-m", "first")
+    (tmp_path / "plugin.py").write_text("two = 2\n")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "records.py").write_text("one = 2\n")
+    assert commit_of(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+    (tmp_path / "inside").mkdir()
+    assert commit_of(tmp_path / "inside") is None  # the checkout is another project's
+
+
+def fail(number):
+    """A system call that fails with this error."""
+    def call(*_):
+        raise OSError(number, os.strerror(number))
+    return call
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_writes_are_whole(tmp_path, monkeypatch, function):
+    """A file that cannot be written is named and stays as it was, and nothing is left beside it."""
+    path = tmp_path / "a.json"
+    records.write_json(path, {})
+    monkeypatch.setattr(os, function, fail(errno.ENOSPC))
+    with pytest.raises(UserError, match="a.json cannot be written .No space left"):
+        records.write_json(path, dict(more=1))
+    assert records.read_json(path) == {} and names_in(tmp_path) == ["a.json"]
+
+
+def test_locks(tmp_path, monkeypatch, capsys):
+    """A lock that somebody holds refuses at once, one whose file is deleted before it is taken is taken anew, and a
+    killed process's partial files are cleaned up. Where there are no locks the work goes on, and that is said once."""
+    taken = []
+
+    def flock(file, how, flock=files.fcntl.flock):
+        flock(file, how)
+        taken.append(file)
+        if len(taken) == 1:
+            (tmp_path / ".lock").unlink()
+
+    (tmp_path / ".last.pt.1.partial").touch()
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.locked(tmp_path):
+        assert len(taken) == 2 and taken[0].closed and names_in(tmp_path) == [".lock"]
+        with pytest.raises(UserError, match="in use by another process"), files.locked(tmp_path):
+            pass
+    assert names_in(tmp_path) == []
+    monkeypatch.setattr(files.fcntl, "flock", fail(errno.ENOLCK))
+    with files.locked(tmp_path), files.locked(tmp_path):
+        assert capsys.readouterr().err.count("cannot be locked (No locks available): start no second") == 1
+    command.say_once.cache_clear()
 
 
 def test_printing_ends_no_work(monkeypatch):
@@ -323,70 +500,21 @@ def test_printing_ends_no_work(monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     for stream in (open(writer, "w"), open("/dev/full", "w"), narrow, None):
         monkeypatch.setattr("sys.stdout", stream)
-        assert records.exit_status("command", str, lambda text: print(text, flush=True), "vité ±") == 0
+        assert command.exit_status("command", str, lambda text: print(text, flush=True), "vité ±") == 0
         assert stream is not narrow or stream.buffer.getvalue() == b"vit? ?\n"
         if stream:
             stream.close()  # which flushes what is left
-            assert records.exit_status("command", str, print, "closed") == 0
+            assert command.exit_status("command", str, print, "closed") == 0
 
 
-def test_noise_without_amounts(tmp_path, monkeypatch):
-    """A run that does not say by which amounts its images were corrupted is skipped, in a folder or in tables, with
-    what to do; gather refuses it."""
-    for seed in (0, 1):
-        folder = write_run(tmp_path, seed=seed)
-    records.write_csv(folder / "noise.csv", [dict(corruption="blur", severity=1, test_accuracy=0.5)])
-    records.write_summary(folder, records.read_summary(folder))
-    advice = f"{folder}/noise.csv has no column amount: run python analysis.py {folder}"
-    with pytest.raises(records.UserError, match=advice):
-        records.gather(tmp_path)
-    for place in ("folders", "tables"):
-        runs, (line,) = records.find_runs(tmp_path)
-        assert [run.folder.name for run in runs] == ["mnist-vit-seed0"] and line.startswith(advice), place
-        with monkeypatch.context() as patch:
-            patch.setattr(records, "check_amounts", lambda run: run)
-            records.gather(tmp_path)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_file_systems_without_locks(number, tmp_path, monkeypatch, capsys):
-    """Where the file system has no locks the work goes on, and that is said once."""
-    if records.fcntl is None:
-        pytest.skip("this system has no locks at all")
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(records.fcntl, "flock", refuse)
-    for _ in range(2):
-        with records.locked(tmp_path):
-            pass
-    assert capsys.readouterr().err.count("without locks") == 1
-    records.say_once.cache_clear()
-
-
-def test_a_deleted_lock_is_none(tmp_path, monkeypatch):
-    """A lock whose file another process deletes before it is taken is taken anew."""
-    if records.fcntl is None:
-        pytest.skip("this system has no locks at all")
-    taken = []
-
-    def flock(file, how, flock=records.fcntl.flock):
-        flock(file, how)
-        taken.append(file)
-        if len(taken) == 1:
-            (tmp_path / ".lock").unlink()
-
-    monkeypatch.setattr(records.fcntl, "flock", flock)
-    with records.locked(tmp_path):
-        assert len(taken) == 2 and taken[0].closed and (tmp_path / ".lock").exists()
-
-
-def test_a_held_lock_refuses(tmp_path):
-    """A lock that somebody holds refuses at once, and a killed process's partial files are cleaned up."""
-    (tmp_path / ".last.pt.1.partial").touch()
-    with records.locked(tmp_path), pytest.raises(records.UserError, match="in use by another process"):
-        with records.locked(tmp_path):
-            pass
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("flags, said", [
+    (["nowhere"], "nowhere"), ([__file__], "is a file: name a folder"), ([], "FOLDER"), (["x" * 300], "too long"),
+    ([".", "--keep-seed", "a"], "'a'")])
+def test_exit_status(flags, said, tmp_path, monkeypatch, capsys):
+    """What the user can put right is one line and status 2, --help is status 0, and Ctrl-C 130."""
+    monkeypatch.chdir(tmp_path)
+    assert gather.main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("gather.py: error: ") and error.count("\n") == 1
+    monkeypatch.setattr(gather, "gather", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert gather.main(["."]) == 130 and "interrupted" in capsys.readouterr().err and gather.main(["--help"]) == 0

@@ -1,86 +1,63 @@
-"""Claims about training: the loop, its records, and the command as a user types it.
+"""Claims of train.py and machine.py: the loop, what a run leaves, the command as a user types it, where it runs.
+Most runs have models of a few parameters, and the first 2,001 images of each split of MNIST."""
 
-Most runs here have models of a few parameters, and the first 2,001 images of each split of MNIST.
-"""
-
-import contextlib
 import csv
-import io
 import itertools
-import json
-import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import analysis
 import data
+import machine
 import records
 import stack
 import train
-from data import DATASETS, Split
-from muon import Muon
+from command import UserError
 from test_data import CPU, HERE, META, OnOneDevice, cut, meta_split, mnist, original
-from test_plot import SUMMARY_FIGURES
-from vit import MODELS, SelfAttention
+from vit import MODELS, SelfAttention, ViT
 
-TINY = ["--patch-size", "14", "--dim", "8", "--depth", "1", "--mlp-dim", "16", "--head-hidden-dim", "16",
-        "--batch-size", "500", "--device", "cpu", "--no-analysis"]
+TINY = """--patch-size 14 --dim 8 --depth 1 --mlp-dim 16 --head-hidden-dim 16 --batch-size 500
+          --device cpu --no-analysis""".split()
+DROPOUT = [*TINY, *"--epochs 3 --dropout 0.1".split()]  # random numbers of all kinds
+STACK = [*DROPOUT, *"--lr 0.3 --muon-lr 0.3 --seed 1 2".split()]  # the best epoch of seed 2 is not the last
 STEPS = 5  # of an epoch; its last batch is a single image
+pytestmark = pytest.mark.usefixtures("small")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-# A plugin that does to another process what the fixture `small` does to this one, and on demand kills it.
+# A plugin that leaves the first images of each split, and on demand ends the process as by Ctrl-C, or kills it.
 SMALL = """
-import itertools, os, signal
-import data
-
-load_splits, draw_epoch, get_batch = data.load_splits, data.draw_epoch, data.get_batch
-
-def load_less(*arguments):
-    return {name: data.Split(*(part[:2_001] for part in split)) for name, split in load_splits(*arguments).items()}
-
-def count_batches(seeds, epoch, *arguments):
-    global here
-    here = (f"rank {os.environ.get('RANK', 0)} epoch {epoch} batch {batch}" for batch in itertools.count(1))
-    return draw_epoch(seeds, epoch, *arguments)
-
-def get_or_die(*arguments):
-    if next(here) == os.environ.get("KILLED"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return get_batch(*arguments)
-
-data.load_splits, data.draw_epoch, data.get_batch = load_less, count_batches, get_or_die
+import os, signal, data
+def load_less(*arguments, load_splits=data.load_splits):
+    return {name: data.Split(*(part[:2_001].to(arguments[-1]) for part in split))
+            for name, split in load_splits(*arguments).items()}
+def batches_or_end(split, seeds, epoch, settings, epoch_batches=data.epoch_batches):
+    for number, batch in enumerate(epoch_batches(split, seeds, epoch, settings), 1):
+        for event in (signal.SIGINT, signal.SIGKILL):
+            if os.environ.get(event.name) == f"rank {os.environ.get('RANK', 0)} epoch {epoch} batch {number}":
+                signal.raise_signal(event)
+        yield batch
+data.load_splits, data.epoch_batches = load_less, batches_or_end
 """
 
 
 @pytest.fixture(scope="module")
 def small():
-    """The first images of each split."""
-    def load_splits(name, data_dir, device):
-        return {part: Split(*(tensor.to(device) for tensor in cut(split, 2_001)))
-                for part, split in original(name.removeprefix("cluttered")).items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_splits", load_splits)
+    """The first images of each split, of archives that are read once."""
+    with mock.patch.dict(vars(data), load_splits=lambda name, *others: original(name)):
+        exec(SMALL, {})
         yield
-
-
-pytestmark = pytest.mark.usefixtures("small")
 
 
 def command(*flags, main=train.main):
     """The exit status of a command, run in this process."""
-    try:
-        return main([str(flag) for flag in flags])
-    except SystemExit as exit_:
-        return exit_.code
+    return main([str(flag) for flag in flags])
 
 
 def launch(*command, **environment):
@@ -104,33 +81,40 @@ def assert_refused(capsys, flags, *words):
     assert_one_line(capsys, "train.py: error: ", *words)
 
 
+def begin(*flags):
+    """Run a command that ends as by Ctrl-C after the first epoch."""
+    with mock.patch.dict(os.environ, SIGINT="rank 0 epoch 2 batch 1"):
+        assert command(*flags) == 130
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Where a plugin may lie; what it changes is as before when the test is over."""
+    with mock.patch.dict(vars(data)), mock.patch.dict(data.DATASETS), mock.patch.dict(MODELS):
+        yield tmp_path / "my plugin.py"
+
+
 def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def untimed(folder):
-    """metrics.csv without its timing columns, as text."""
-    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")}
-            for row in table(folder / "metrics.csv")]
+    return [*csv.DictReader(path.read_text().splitlines())]
 
 
 def column(folder, name):
     return torch.tensor([float(row[name]) for row in table(folder / "metrics.csv")], dtype=torch.double)
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
 def assert_same_run(folder, expected):
-    """The same record but for times, and the same best weights."""
-    assert untimed(folder) == untimed(expected)
-    summaries = [read_json(run / "summary.json") for run in (folder, expected)]
-    for name in ("seed", *SUMMARY_FIGURES):
-        assert summaries[0][name] == summaries[1][name]
-    best = [torch.load(run / "best.pt", weights_only=True) for run in (folder, expected)]
-    assert best[0].keys() == best[1].keys() and all(torch.equal(best[0][name], best[1][name]) for name in best[1])
+    """The same record but for times, to the last bit of the best weights and of the analysis, if there is one."""
+    def content(run):
+        rows = [*table(run / "metrics.csv"), records.read_summary(run)]
+        figures = [item for row in rows for item in row.items() if not re.search("second|crc32", item[0])]
+        return figures, [path.read_bytes() for path in sorted(run.iterdir()) if path.name in files]
+
+    files = ["best.pt", *analysis.ANALYSES]
+    assert content(folder) == content(expected)
+
+
+def copy_run(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "runs" / folder.name))
 
 
 def settings_for(*flags, model="vit", dataset="mnist", seed=0, device=CPU):
@@ -138,31 +122,22 @@ def settings_for(*flags, model="vit", dataset="mnist", seed=0, device=CPU):
 
 
 def make_runs(*flags, count=2_001, model="vit", seeds=(0,), device=CPU, compiled=False, runs_dir=""):
-    """Runs of untrained models, splits of `count` images, and settings, as train_stack takes them."""
+    """A Stack of untrained models, splits of `count` images, and settings, as train_stack takes them."""
     settings = settings_for(*TINY, *flags, model=model, seed=seeds[0], device=device)
-    splits = {name: Split(*(part.to(device) for part in cut(split, count))) for name, split in mnist().items()}
-    runs = train.make_runs(settings, list(seeds), runs_dir, device, compiled, required=True)
-    for folder in runs.folders if runs_dir else []:
-        folder.mkdir()
-    return runs, splits, settings
+    splits = {name: data.Split(*(part.to(device) for part in cut(split, count))) for name, split in mnist().items()}
+    stacked = train.make_stack(settings, list(seeds), runs_dir, device, compiled, required=True)
+    for run in stacked.runs if runs_dir else []:
+        run.folder.mkdir()
+    return stacked, splits, settings
 
 
-class EpochEnd(Exception):
-    pass
-
-
-def epoch_losses(runs, splits, settings):
+def epoch_losses(stacked, splits, settings):
     """The losses (S, steps) of the next epoch, which is not recorded."""
-    def end(runs, splits, settings, epoch, factor, losses, correct, start):
-        raise EpochEnd(losses)
+    with mock.patch.object(train, "record_epoch", side_effect=KeyboardInterrupt) as record:
+        with pytest.raises(KeyboardInterrupt):
+            train.train_stack(stacked, splits, settings)
+    return torch.as_tensor(record.call_args.args[4])
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(EpochEnd) as ended:
-        patch.setattr(train, "record_epoch", end)
-        train.train_stack(runs, splits, settings)
-    return ended.value.args[0].cpu()
-
-
-# The loop.
 
 def loss_by_hand(model, split, settings):
     """Mean over samples of cross entropy with label smoothing, -(1 - s) log p_y - s mean_c log p_c, and accuracy."""
@@ -173,536 +148,373 @@ def loss_by_hand(model, split, settings):
     return losses.mean().item(), (logits.argmax(1) == split.labels).double().mean().item()
 
 
-def test_losses_are_means_over_all_samples(tmp_path, monkeypatch):
-    """Losses and accuracies of an epoch are means over all samples, also of the smaller last batch. The images of all
-    seeds are counted, and each seed has its share of the time: by a clock that ticks when it is read."""
-    runs, splits, settings = make_runs("--lr", "0", "--muon-lr", "0", "--no-augment", "--epochs", "1",
-                                       "--label-smoothing", "0.3", seeds=[0, 5], count=1_845, runs_dir=tmp_path)
-    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    train.train_stack(runs, splits, settings)
-    for seed, (row,) in zip([0, 5], runs.metrics):
-        model = analysis.make_model(settings | dict(seed=seed))
-        expected = [*loss_by_hand(model, splits["train"], settings), *loss_by_hand(model, splits["val"], settings)]
-        found = [row[name] for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")]
-        assert found == pytest.approx(expected, abs=1e-6) and row["step"] == 4
-        assert row["images_per_second"] == 2 * 1_845
-    assert [row["seconds"] for (row,) in runs.metrics] == [2 / 2, 3 / 2]
-
-
-def test_learning_rate(tmp_path, monkeypatch):
-    """The learning rates rise, stay and fall to zero, each from its own peak, and that of AdamW is recorded."""
-    rates, set_lr = [], stack.set_lr
-    monkeypatch.setattr(stack, "set_lr", lambda optimizer, factor: set_lr(optimizer, factor) or rates.append(
-        [group["lr"].item() for group in optimizer.param_groups]))
-    runs, splits, settings = make_runs("--epochs", "2", "--lr", "0.006", "--muon-lr", "0.02", "--warmup", "0.3",
-                                       "--decay", "0.5", runs_dir=tmp_path)
-    train.train_stack(runs, splits, settings)
-    factors = [1 / 3, 2 / 3, 1, 1, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]
-    assert rates == [pytest.approx([0.02 * factor, 0.006 * factor]) for factor in factors]
-    assert column(runs.folders[0], "lr").tolist() == pytest.approx([0.006, 0.006 / 5])
-    assert train.lr_factor(0, 3, 0.0, 0.0) == 1.0
-
-
 def repeat_image(split):
     """A split of as many times its first image."""
-    return Split(*(part[:1].expand_as(part).contiguous() for part in split))
+    return data.Split(*(part[:1].expand_as(part).contiguous() for part in split))
+
+
+def test_epochs(tmp_path, monkeypatch):
+    """Losses and accuracies are means over all samples of an epoch, also of its smaller last batch. Each seed has its
+    share of the time, by a clock that ticks when it is read. The rates rise, stay and fall. No test split is read."""
+    flags = "--lr 6e-9 --muon-lr 2e-8 --warmup 0.3 --decay 0.5 --no-augment --epochs 5 --label-smoothing 0.3"
+    stacked, splits, settings = make_runs(*flags.split(), seeds=[0, 5], count=1_845, runs_dir=tmp_path)
+    del splits["test"]
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    train.train_stack(stacked, splits, settings)
+    for i, (seed, _, rows, _) in enumerate(stacked.runs):
+        model = stack.make_model(settings | dict(seed=seed))  # whose weights such rates leave as they are
+        figures = [*loss_by_hand(model, splits["train"], settings), *loss_by_hand(model, splits["val"], settings)]
+        for epoch, row in enumerate(rows, 1):
+            _, step, _, *found = list(row.values())[:9]
+            assert step == 4 * epoch and found == pytest.approx([*figures, 1 + i / 2, 2 * 1_845], abs=1e-6)
+        assert [row["lr"] / 6e-9 for row in rows] == pytest.approx([4 / 6, 1, 9 / 10, 5 / 10, 1 / 10])
+    assert [group["lr"].item() for group in stacked.optimizer.param_groups] == pytest.approx([2e-9, 6e-10])
+    assert train.lr_factor(0, 3, warmup=0, decay=0) == 1
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("precision, model", [
-    *itertools.product(["bfloat16"], ["vit", "vitdiff", "vitdiffv2"]), ("float16", "vitdiff")])
+    ("bfloat16", "vit"), ("bfloat16", "vitdiff"), ("bfloat16", "vitdiffv2"), ("float16", "vitdiff")])
 def test_amp(precision, model):
-    """In half precision losses are close to those in float32, the optimizer's averages of gradients are as large, and
-    the weights stay float32."""
-    losses, averages = {}, {}
+    """In half precision losses and averages of gradients are nearly those in float32, and weights stay float32."""
+    losses, norms = [], []
     for amp in ("off", precision):
-        runs, splits, settings = make_runs("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model, count=801)
-        losses[amp] = epoch_losses(runs, splits, settings)
-        averages[amp] = [runs.optimizer.state[leaf][name] for leaf, name in zip(
-            runs.net.parameters(), ("momentum_buffer", "exp_avg"), strict=True)]
-        assert all(leaf.dtype == torch.float32 for leaf in runs.net.parameters())
-    for plain, half in zip(*averages.values()):
-        assert plain.norm() / 5 < half.norm() < 5 * plain.norm()
-    assert not torch.equal(losses["off"], losses[precision])
-    torch.testing.assert_close(losses["off"], losses[precision], rtol=0.02, atol=0)
+        stacked, splits, settings = make_runs("--amp", amp, "--lr", "1e-3", "--muon-lr", "2e-3", model=model, count=801)
+        losses.append(epoch_losses(stacked, splits, settings))
+        net, state = stacked.net, stacked.optimizer.state
+        norms.append(torch.stack([state[net.matrices]["momentum_buffer"].norm(), state[net.rest]["exp_avg"].norm()]))
+        assert net.matrices.dtype == net.rest.dtype == torch.float32
+    assert not torch.equal(*losses) and (norms[1] / norms[0]).log2().abs().max() < 2
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_float16_overflow(optimizer):
-    """When float16 gradients overflow, the step is skipped as a whole: no weight and no state of the optimizer moves.
-    """
-    def copy():
-        states = [value for leaf in leaves for value in runs.optimizer.state[leaf].values()]
-        return [value.detach().clone() for value in [*leaves, *states]]
+    """When float16 gradients overflow, the step is skipped as a whole: neither weights nor optimizer move."""
+    def state():
+        return [leaf.detach().clone() for leaf in torch.utils._pytree.tree_leaves(
+            [*stacked.net.parameters(), stacked.optimizer.state_dict()["state"]])]
 
-    runs, splits, settings = make_runs("--amp", "float16", "--optimizer", optimizer)
-    leaves, batches = list(runs.net.parameters()), train.epoch_batches(splits["train"], [0], 1, settings)
-    for overflow, (images, labels, share) in zip([1, 1e38, 1], batches):
-        before, scale = copy(), runs.scaler.get_scale()
-        runs.step(images, labels, overflow * share)
-        moved = [not torch.equal(*pair) for pair in zip(before, copy())]
-        assert all(moved) if overflow == 1 else not any(moved)
-        assert runs.scaler.get_scale() == scale / (1 if overflow == 1 else 2)
+    stacked, splits, settings = make_runs("--amp", "float16", "--optimizer", optimizer)
+    batches = train.rank_batches(splits["train"], [0], 1, settings)
+    for factor, (images, labels, share) in zip([1, 1e38, 1], batches):
+        before, scale = state(), stacked.scaler.get_scale()
+        stacked.step(images, labels, factor * share)
+        moved = {not torch.equal(*pair) for pair in zip(before, state())}
+        assert moved == {factor == 1} and stacked.scaler.get_scale() == scale / (1 if factor == 1 else 2)
 
 
-@pytest.mark.parametrize("model, dataset", [
-    *itertools.product(MODELS, ["clutteredmnist"]), ("vitdiff", "mnist"), ("vit", "cifar10")])
+@pytest.mark.parametrize("model, dataset", [*zip(MODELS, ["mnist", "cifar10", *["clutteredmnist"] * 4])])
 def test_meta(monkeypatch, model, dataset):
     """A training step of one seed and of a stack, and a batch of evaluation and analysis, run on a device that is not
     the CPU and wait for none of its values: on meta, which has neither AdamW nor autocast."""
-    monkeypatch.setattr(stack, "make_optimizer", lambda net, settings: Muon(
+    monkeypatch.setattr(stack, "make_optimizer", lambda net, settings: stack.muon.Muon(
         net.matrices, net.shapes["matrices"].values(), torch.zeros((), device=META), 0.1))
-    monkeypatch.setattr(torch, "autocast", lambda **precision: contextlib.nullcontext())
-    settings = settings_for("--batch-size", "3", "--depth", "1", "--rotation", "3", "--flip", "--dropout", "0.1",
-                            model=model, dataset=dataset)
-    split, net = meta_split(dataset), analysis.make_model(settings).to(META).eval()
-    with OnOneDevice():
-        (batch,) = data.evaluation_batches(split, settings)
-        results = [*analysis.evaluate_batch(net, *batch, settings), *net.mean_lambdas(batch[0])]
-        condition = list(analysis.attention_conditions(settings).values())[-1]
-        (batch,) = analysis.attention_batches(split, settings, *condition)
-        results += analysis.sum_attention(net, *batch)
+    monkeypatch.setattr(torch, "autocast", mock.MagicMock())
+    flags = "--batch-size 3 --depth 1 --rotation 3 --flip --brightness 0.1 --dropout 0.1"
+    settings, split = settings_for(*flags.split(), model=model, dataset=dataset), meta_split(dataset)
+    *_, condition = analysis.attention_conditions(settings).values()
     for seeds in ([0], [0, 1]):
-        runs = train.make_runs(settings, seeds, "", META)
+        stacked = train.make_stack(settings, seeds, "", META)
         with OnOneDevice():
-            results += runs.step(*next(train.epoch_batches(split, seeds, 1, settings)))
-        assert results[-1].shape == results[-2].shape == (len(seeds),)
-    assert all(result.is_meta for result in results)
+            losses, correct = stacked.step(*next(train.rank_batches(split, seeds, 1, settings)))
+            net, (batch,) = stacked.net.eval(), data.evaluation_batches(split, settings)
+            (shown,) = analysis.attention_batches(split, settings, *condition)
+            results = [losses, correct, stack.evaluate_images(net, *batch, settings),
+                       *net.map(ViT.mean_lambdas, batch[0]), *net.map(analysis.sum_attention, *shown)]
+        assert losses.shape == correct.shape == (len(seeds),) and all(result.is_meta for result in results)
 
-
-# Records.
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """A run that was never interrupted: its folder. Dropout is on, so that its random numbers count too."""
+    """A run that was never interrupted, its folder; beside it lie two that were trained side by side."""
     runs = tmp_path_factory.mktemp("finished")
-    assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--analysis", "--runs-dir", runs) == 0
+    assert command(*DROPOUT, "--analysis", "--runs-dir", runs) == command(*STACK, "--runs-dir", runs) == 0
     return runs / "mnist-vitdiff-seed0"
 
 
-@pytest.fixture(scope="module")
-def untested(small, tmp_path_factory):
-    """The same run, interrupted before its test: its folder."""
-    runs = tmp_path_factory.mktemp("untested")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish_runs", interrupt)
-        assert command(*TINY, "--dropout", "0.1", "--epochs", "3", "--analysis", "--runs-dir", runs) == 130
-    return runs / "mnist-vitdiff-seed0"
+def test_records(finished):
+    """Each run, alone or of a stack, leaves its settings, facts, epochs, best weights and figures, and these agree."""
+    found = [records.read_run(folder) for folder in sorted(finished.parent.iterdir())]
+    for seed, (folder, settings, facts, summary, metrics, *_) in enumerate(found):
+        assert {path.name for path in folder.iterdir()} == {
+            "args.txt", "best.pt", "config.json", "metrics.csv", "summary.json", *([] if seed else analysis.ANALYSES)}
+        assert settings == settings_for(*(STACK if seed else DROPOUT), model="vitdiff", seed=seed)
+        model, best = stack.load_model(folder, settings), metrics["val_loss"].index(min(metrics["val_loss"])) + 1
+        parameters = sum(weights.numel() for weights in model.parameters())
+        assert facts == facts | dict(device="cpu", torch=torch.__version__, processes=1, compiled=False, threads=1,
+                                     stack=[1, 2] if seed else [0], parameters=parameters)
+        assert summary == summary | dict(seed=seed, epochs=3, best_epoch=best, parameters=parameters)
+        for part in ("val", "test"):
+            assert (summary[f"{part}_loss"], summary[f"{part}_accuracy"]) == pytest.approx(
+                loss_by_hand(model, cut(mnist()[part], 2_001), settings), abs=1e-5)
+        seconds, names = sorted(2_001 / speed for speed in metrics["images_per_second"]), ["seconds", "train_seconds"]
+        assert [summary[name] for name in (*names, "milliseconds_per_step")] == pytest.approx(
+            [sum(metrics["seconds"]), sum(seconds), 1e3 * seconds[1] / STEPS], rel=0.01, abs=0.01)
+    assert len({loss for run in found for loss in run.metrics["val_loss"]}) == 9 and best < 3
 
-
-STACK = [*TINY, "--dropout", "0.1", "--epochs", "3", "--seed", "1", "2"]
-
-
-@pytest.fixture(scope="module")
-def finished_stack(small, tmp_path_factory):
-    """Two seeds trained side by side and never interrupted: the folder of their runs."""
-    runs = tmp_path_factory.mktemp("stack")
-    assert command(*STACK, "--runs-dir", runs) == 0
-    return runs
-
-
-def copy_run(folder, tmp_path):
-    return Path(shutil.copytree(folder, tmp_path / "runs" / folder.name))
-
-
-def test_records(finished, finished_stack):
-    """Each run, alone or of a stack, leaves its settings, facts, metrics of every epoch, figures with checksums, and
-    weights of its own, and they agree; last.pt is gone."""
-    runs = [finished, *sorted(finished_stack.iterdir())]
-    for folder, seed, of_stack in zip(runs, (0, 1, 2), ([0], [1, 2], [1, 2]), strict=True):
-        left_out = {"last.pt", *(records.ANALYSIS if seed else [])}
-        assert {path.name for path in folder.iterdir()} == set(records.FILES) - left_out
-        config, summary = (read_json(folder / name) for name in ("config.json", "summary.json"))
-        settings, facts, metrics = config["settings"], config["facts"], table(folder / "metrics.csv")
-        assert list(settings) == records.SETTINGS and settings["seed"] == summary["seed"] == seed
-        assert f"--seed {seed}\n" in (folder / "args.txt").read_text()
-        assert [facts[name] for name in ("device", "torch", "processes", "compiled", "stack", "threads")] == [
-            "cpu", torch.__version__, 1, False, of_stack, 1]
-        assert [(row["epoch"], row["step"]) for row in metrics] == [("1", "5"), ("2", "10"), ("3", "15")]
-        best = min(metrics, key=lambda row: float(row["val_loss"]))
-        assert summary["best_epoch"] == int(best["epoch"]) and summary["epochs"] == 3
-        model = analysis.load_model(folder, settings, CPU)
-        loss, accuracy = loss_by_hand(model, cut(mnist()["test"], 2_001), settings)
-        epoch_seconds = 2_001 / column(folder, "images_per_second")
-        for name, expected, atol in [
-                ("val_loss", float(best["val_loss"]), 1e-6), ("test_loss", loss, 1e-5), ("test_accuracy", accuracy, 0),
-                ("seconds", column(folder, "seconds").sum().item(), 0.01),
-                ("train_seconds", epoch_seconds.sum().item(), 0.01),
-                ("milliseconds_per_step", 1e3 * epoch_seconds.median().item() / 5, 0.1)]:
-            assert summary[name] == pytest.approx(expected, rel=1e-2 if "seconds" in name else 0, abs=atol)
-        assert facts["parameters"] == summary["parameters"] == sum(
-            weights.numel() for weights in records.read_checkpoint(folder / "best.pt").values())
-        assert summary["crc32"] == records.checksums(folder, summary)
-    assert len({row["val_loss"] for folder in runs for row in untimed(folder)}) == 9
-
-
-def test_checkpoints(untested, tmp_path):
-    """Checkpoints hold tensors of their own memory, are loaded without pickled code, and hold nothing twice."""
-    big = torch.zeros(10**6)
-    records.write_checkpoint(tmp_path / "view.pt", dict(part=big[:2], parts=[dict(part=big[2:4].requires_grad_())]))
-    content = torch.load(tmp_path / "view.pt", weights_only=True)
-    assert torch.equal(content["part"], big[:2]) and not content["parts"][0]["part"].requires_grad
-    size = 4 * read_json(untested / "config.json")["facts"]["parameters"]
-    for path, limit in [(tmp_path / "view.pt", 0), (untested / "best.pt", 2 * size),
-                        (untested / "last.pt", 3 * size)]:  # with two averages
-        assert path.stat().st_size < limit + 10_000
-
-
-def test_git_commit(tmp_path, monkeypatch):
-    """A record names the commit, and says that it is dirty when a module has changed, not when a plugin was copied."""
-    def git(*arguments):
-        return subprocess.run(["git", "-c", "user.name=N", "-c", "user.email=e@x.org", *arguments], cwd=tmp_path,
-                              capture_output=True, text=True, check=True).stdout.strip()
-
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    (tmp_path / "records.py").write_text("one = 1\n")
-    git("init", "-q"), git("add", "."), git("commit", "-q", "-m", "first")
-    (tmp_path / "plugin.py").write_text("two = 2\n")
-    assert records.git_commit() == git("rev-parse", "HEAD")
-    (tmp_path / "records.py").write_text("one = 2\n")
-    assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty"
-    (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "inside/records.py"))
-    assert records.git_commit() is None  # the checkout is another project's
-
-
-def test_best_weights_are_tested_once(tmp_path, monkeypatch):
-    """When validation losses fall and rise, with Ctrl-C in between, the weights of the lowest are tested, once."""
-    val_losses, tested, validated, load_splits = iter([0.9, 0.5, None, 0.7]), [], [], data.load_splits
-
-    def evaluate(models, split, settings):
-        if len(split.labels) == 2_001:
-            tested.append({name: weights.clone() for name, weights in models[0].state_dict().items()})
-            return [(0.6, 0.4)]
-        validated.append(models[0].state_dict())
-        return [(next(val_losses) or interrupt(), 0.5)]
-
-    monkeypatch.setattr(data, "load_splits", lambda *arguments: {
-        **load_splits(*arguments), "val": cut(load_splits(*arguments)["val"], 2_000)})
-    monkeypatch.setattr(analysis, "evaluate", evaluate)
-    assert [command(*TINY, "--epochs", "3", "--runs-dir", tmp_path) for _ in range(2)] == [130, 0]
-    folder, (weights,) = tmp_path / "mnist-vitdiff-seed0", tested
-    best = records.read_checkpoint(folder / "best.pt")
-    assert all(torch.equal(weights[name], best[name]) for name in best)
-    assert not torch.equal(weights["head.fc2.bias"], validated[-1]["head.fc2.bias"])
-    assert read_json(folder / "summary.json")["best_epoch"] == 2
-
-
-# Interrupted and resumed.
 
 def test_interrupted_at_any_write(tmp_path, monkeypatch):
-    """A stack that ends at any of its writes and is started again, its analysis too, leaves what one does that was
-    never interrupted."""
-    flags, replace = [*TINY, "--epochs", "2", "--dropout", "0.1", "--seed", "0", "1", "--analysis"], os.replace
-    splits = {name: cut(split, 201) for name, split in mnist().items()}
-    monkeypatch.setattr(data, "load_splits", lambda *arguments: splits)
-    for name in ("measure_noise", "measure_attention", "measure_response"):  # which take longer than the rest
-        monkeypatch.setattr(analysis, name, lambda *arguments: [
-            [dict(loss=loss)] for loss, _ in analysis.evaluate(*arguments)])
-    assert command(*flags, "--runs-dir", tmp_path / "whole") == 0
-    (plan,) = train.plan_experiments(train.parse_flags(flags), CPU, None)
-    monkeypatch.setattr(train, "plan_experiments", lambda args, *others: [  # which is the same each time
-        plan._replace(request=plan.request | dict(runs_dir=args.runs_dir))])
-
-    def replace_or_end(source, target):
-        if not next(countdown):
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    for number in itertools.count():
-        runs, countdown = tmp_path / str(number), itertools.count(number, -1)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace_or_end)
-            status = command(*flags, "--runs-dir", runs)
-        if status == 0:
-            break
+    """A stack that ends at any write and is started again leaves what one does that was never interrupted."""
+    monkeypatch.setattr(data, "load_splits", lambda *_: {name: cut(split, 201) for name, split in mnist().items()})
+    monkeypatch.setattr(analysis, "ANALYSES", {"noise.csv": analysis.Analysis(lambda *arguments: [
+        [dict(loss=loss)] for loss, _ in stack.evaluate(*arguments)])})  # the others take longer
+    flags = [*DROPOUT, *"--epochs 2 --seed 0 1 --analysis --runs-dir".split()]
+    plan = train.plan_experiments(train.parse_flags([*flags, "runs"]), CPU, None)  # which is the same each time
+    monkeypatch.setattr(train, "plan_experiments", lambda *arguments: plan)
+    assert command(*flags, tmp_path / "whole") == 0
+    for last in itertools.count():
+        runs, effects = tmp_path / str(last), [mock.DEFAULT] * last + [KeyboardInterrupt]
+        with mock.patch.object(os, "replace", mock.Mock(wraps=os.replace, side_effect=effects)):
+            if not (status := command(*flags, runs)):
+                break
         finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
-        assert status == 130 and command(*flags, "--runs-dir", runs) == 0
+        assert status == 130 and command(*flags, runs) == 0
         assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
-        for seed in (0, 1):
-            found, expected = (folder / f"mnist-vitdiff-seed{seed}" for folder in (runs, tmp_path / "whole"))
-            assert_same_run(found, expected)
-            assert all((found / name).read_bytes() == (expected / name).read_bytes() for name in records.ANALYSIS)
-    # Of each seed config.json, args.txt, four files of the analysis, summary.json, twice best.pt and metrics.csv; two
-    # last.pt.
-    assert number == 24
+        for whole in (tmp_path / "whole").iterdir():
+            assert_same_run(runs / whole.name, whole)
+    assert last > 15
 
 
-def run_plugin(tmp_path, monkeypatch, source):
-    """The path of a plugin; what it changes is as before when the test is over."""
-    for module, name in [(data, "load_splits"), (data, "draw_epoch"), (data, "get_batch"), (train, "lr_factor")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    path = tmp_path / "my plugin.py"
-    path.write_text(source)
-    return path
-
-
-def interrupt(*arguments):
-    raise KeyboardInterrupt
-
-
-def end_at(monkeypatch, epoch, how=interrupt):
-    """End as by Ctrl-C when an epoch is drawn."""
-    draw_epoch = data.draw_epoch
-    monkeypatch.setattr(data, "draw_epoch", lambda seeds, number, *arguments: (
-        how() if number == epoch else draw_epoch(seeds, number, *arguments)))
-
-
-def test_a_stack_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
-    """Other seeds than those of an interrupted stack are refused by a line that names its seeds; more are trained
-    beside it, and finished ones are left alone."""
-    flags = [*TINY, "--epochs", "2", "--runs-dir", tmp_path]
-    with monkeypatch.context() as patch:
-        end_at(patch, epoch=2)
-        assert command(*flags, "--seed", "0", "1") == 130
+def test_the_same_command_again(tmp_path, capsys):
+    """The same command again trains what is missing alone, shows the results of all, and says how to draw them. An
+    interrupted stack is resumed, with its settings and from its own checkpoint, or overwritten, as a whole."""
+    runs = tmp_path / "a b"
+    flags, both = [*TINY, *"--epochs 2 --model vit vitdiff --runs-dir".split(), runs, "--seed"], ["0", "1"]
+    begin(*flags, *both)
     assert_one_line(capsys, "interrupted", "again")
-    for seeds in (["1"], ["0"], ["1", "2"]):
-        assert_refused(capsys, [*flags, "--seed", *seeds], "--seed 0 1", "--overwrite")
-    assert_refused(capsys, [*flags, "--seed", "0", "1", "--lr", "0.01"], "lr is 0.006 there and 0.01 here")
-    assert command(*flags, "--seed", "2") == 0
-    capsys.readouterr()
-    assert command(*flags, "--seed", "0", "1", "2", "3") == 0
-    out = capsys.readouterr().out
-    assert [out.count(f"seed{seed}  epoch ") for seed in range(4)] == [1, 1, 0, 2]
+    for seeds in (["1"], ["0"], ["1", "2"], ["1", "--overwrite"]):
+        assert_refused(capsys, [*flags, *seeds], "--seed 0 1")
+    assert_refused(capsys, [*flags, *both, "--lr", "0.01"], "lr is 0.006 there and 0.01 here")
+    state = torch.load(last := runs / "mnist-vit-seed0/last.pt", weights_only=True)
+    for foreign in (state | dict(seeds=[0]), dict(seeds=[0, 1])):
+        torch.save(foreign, last)
+        assert_refused(capsys, [*flags, *both], last, "--overwrite")
+    torch.save(state, last)
+    folders = [runs / f"mnist-{model}-seed{seed}" for model in ("vit", "vitdiff") for seed in both]
+    for more, epochs in [([], [1, 1, 2, 2]), ([], [0, 2, 0, 0]), (["--overwrite"], [2, 2, 2, 2])]:
+        assert command(*flags, *both, *more) == 0
+        out, err = capsys.readouterr()
+        assert not err and f"plot.py '{runs}'\n" in out  # no bar, either, where it is no terminal
+        assert [out.count(f"{folder.name}  epoch ") for folder in folders] == epochs
+        assert ("finished before this command: 3 of 4; " in out) == (0 in epochs)
+        for folder in folders:
+            assert f"{records.read_summary(folder)['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[-1]
+        shutil.rmtree(folders[1])
 
 
-def test_products_are_trained_once(tmp_path, capsys):
-    """Every combination is trained once; the same command again trains what is missing alone, shows the results of all,
-    and says how to draw them."""
-    flags = [*TINY, "--epochs", "1", "--model", "vit", "vitdiffv2", "--seed", "0", "1", "--runs-dir", tmp_path / "a b"]
-    assert command(*flags) == 0
-    folders = [tmp_path / f"a b/mnist-{model}-seed{seed}" for model in ("vit", "vitdiffv2") for seed in (0, 1)]
-    assert sorted((tmp_path / "a b").iterdir()) == folders and capsys.readouterr().out.count(" epoch 1/1 ") == 4
-    shutil.rmtree(folders[1])
-    assert command(*flags) == 0
-    out = capsys.readouterr().out
-    assert out.count(" epoch 1/1 ") == out.count("mnist-vit-seed1  epoch 1/1 ") == 1
-    assert "finished before this command: 3 of 4; " in out and f"plot.py '{tmp_path / 'a b'}'\n" in out
-    for folder in folders:
-        assert f"{read_json(folder / 'summary.json')['test_accuracy']:.2%}" in out.split(f"\n{folder.name} ")[-1]
-    assert command(*flags, "--model", "vitdiffv2", "--overwrite") == 0
-    assert capsys.readouterr().out.count(" epoch 1/1 ") == 2
+# A plugin with a data set of one's own, and an attention with a bug: some of its products do not fit.
+PLUGIN = """
+import torch, data, vit
+class Misshapen(vit.SelfAttention):
+    def forward(self, x):
+        return super().forward(x if x.is_meta else x @ torch.ones(3, 3))
+split = torch.arange(60 * 64).byte().view(60, 8, 8), torch.arange(60) % 3
+data.DATASETS["own"] = dict(load=lambda folder: 2 * split, defaults=dict(epochs=2, batch_size=20, patch_size=4))
+vit.MODELS["mine"] = dict(attention=Misshapen)
+"""
 
 
-# What goes wrong.
+def test_a_changed_plugin(finished, tmp_path, plugin, capsys):
+    """A plugin's data set is trained by its own defaults, if its flags take them. A run is resumed with its own plugin
+    alone. args.txt and analysis.py take the kept copy, of one plugin at a time."""
+    where = [*TINY[-3:], "--runs-dir", tmp_path / "runs"]
+    flags, folder = [*where, "--plugin", plugin, "--dataset", "own"], tmp_path / "runs/own-vitdiff-seed0"
+    plugin.write_text(PLUGIN)
+    begin(*flags)
+    for epochs, words in [("2.5", ["defaults of data set own", "--epochs", "2.5"]), ("2, flip='no'", ["own", "no"]),
+                          ("3", [folder, "plugin is my plugin.py", "--overwrite"])]:
+        plugin.write_text(PLUGIN.replace("epochs=2", f"epochs={epochs}"))
+        assert_refused(capsys, flags, *words)
+    for more, words in [([], "resumed after epoch 1 of 2"), (["--overwrite"], " epoch 1/2 ")]:
+        assert command(f"@{folder / 'args.txt'}", *where, *more) == 0 and words in capsys.readouterr().out
+    del data.DATASETS["own"]
+    for others, status in [([], 0), ([finished], 2)]:
+        assert command("--device", "cpu", folder, *others, main=analysis.main) == status
+    assert_one_line(capsys, "different plugins")
 
-BAD_FLAGS = [
-    (["--model", "vitdif"], ["'vitdif'", "vitdiff?", "--plugin FILE"]),
-    (["--patch-size", "5"], ["patch size 5", "28", "[1, 2, 4, 7, 14, 28]"]), (["--dim", "33"], ["width 33", "2 heads"]),
-    (["--model", "vitdiffpaper", "--dim", "18", "--num-heads", "6"], ["18", "6 heads of 2 branches"]),
-    (["--dim", "999999999999"], ["--dim", "'999999999999'"]),
-    (["--batch-size", "55001"], ["--batch-size", "55001", "55000", "mnist"]),
-    (["--dropout", "1"], ["--dropout", "'1'"]), (["--seed", "0", "4294967296"], ["--seed", "'4294967296'"]),
-    (["--device", "cuda:99"], ["--device cuda:99", "--device auto"]),
-    (["--distractors", "4"], ["--distractors", "mnist", "clutteredmnist", "clutteredfashionmnist"]),
-    (["--no-augment", "--rotation", "3"], ["--no-augment", "--rotation"]), (["--plugin", "README.md"], ["README.md"]),
-    (["@missing.txt"], ["missing.txt"]), (["@data/MNIST/raw/t10k-labels-idx1-ubyte.gz"], ["@file"]),
-    (["--data-dir", "README.md"], ["--data-dir", "README.md"]),
-    (["--data-dir", "locked"], ["--data-dir", "'locked'", "Permission denied"]),
-    (["--runs-dir", "x" * 300], ["--runs-dir", "too long"]), (["--runs-dir", "/proc/runs"], ["/proc/runs"]),
-]
+
+@pytest.mark.parametrize("source, error", [("1 / 0", ZeroDivisionError), (PLUGIN, RuntimeError)])
+def test_bugs_keep_their_traceback(tmp_path, plugin, source, error):
+    """A bug in a plugin, or in its attention when that is trained, is raised as it is."""
+    plugin.write_text(source)
+    with pytest.raises(error) as raised:
+        command(*TINY, "--plugin", plugin, "--model", "mine", "--runs-dir", tmp_path)
+    assert str(plugin) in [str(entry.path) for entry in raised.traceback]
 
 
-@pytest.mark.parametrize("flags, words", BAD_FLAGS, ids=[" ".join(flags)[:40] for flags, _ in BAD_FLAGS])
-def test_bad_flags(flags, words, tmp_path, capsys, monkeypatch):
-    """A wrong flag is one line, which names flag and value, and exit 2; nothing is created."""
+def test_an_attention_of_ones_own(tmp_path, plugin):
+    """The README's own lines, in a file of their own, train a new model and draw it in front of the reference."""
+    plugin.write_text(re.search(r"```python\n([^`]*MODELS\[.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1])
+    shutil.copytree(HERE / "runs/reference/mnist-vit-seed0", tmp_path / "reference/mnist-vit-seed0")
+    assert command(*TINY, "--plugin", plugin, "--model", "vitcosine", "--epochs", "1", "--runs-dir", tmp_path) == 0
+    printed, error = launch("plot.py", tmp_path).communicate()
+    (row,) = re.findall(r"^ *vitcosine.*$", printed, re.MULTILINE)
+    accuracy = records.read_summary(tmp_path / "mnist-vitcosine-seed0")["test_accuracy"]
+    assert f"{accuracy:.2%}" in row and (tmp_path / "report/index.html").exists(), error
+
+
+def test_a_row_of_sizes(tmp_path, monkeypatch, capsys):
+    """A row of MODELS is named by --help and decides its sizes where no flag does. The lambda of block 1 is lambda_1. A
+    name may have spaces, args.txt repeats the run, and an attention needs no map unless it is analysed."""
+    def attention(dim, *heads, **options):
+        return MODELS["vitdiff"]["attention"](dim, *heads, **options) if options["depth"] else torch.nn.Linear(dim, dim)
+
+    monkeypatch.setitem(MODELS, "my own", dict(attention=attention, patch_size=14, depth=2, dropout=0.2))
+    assert command("--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in (*MODELS, *data.DATASETS))
+    settings, folder = settings_for(model="my own"), tmp_path / "mnist-my own-seed0"
+    assert [settings[name] for name in ("patch_size", "depth", "dropout", "dim")] == [14, 2, 0.2, 32]
+    flags = ["--model", "my own", *TINY[:-3], *"--depth 2 --epochs 1".split(), *TINY[-3:], "--runs-dir", tmp_path]
+    assert_refused(capsys, [*flags, "--analysis"], "my own", "Linear has no attention_map", "--no-analysis")
+    assert not folder.exists() and command(*flags) == command(*flags[-5:], f"@{folder / 'args.txt'}") == 0
+    assert [name for name in records.read_run(folder).metrics if "lambda" in name] == ["lambda_1"]
+
+
+BAD_FLAGS = {
+    "--model vitdif": "'vitdif' ... vitdiff? ... --plugin FILE", "--model _v": "'_v' ... name",
+    "--dataset my=1": "'my=1' ... name", "--dim 33": "width 33 ... 2 heads", "--plugin README.md": "README.md",
+    "--model vitdiffpaper --dim 18 --num-heads 6": "18 ... 6 heads of 2 branches", "--device cuda:9": "--device auto",
+    "--patch-size 5": "patch size 5 ... 28 ... [1, 2, 4, 7, 14, 28]", "--seed 0 4294967296": "--seed ... '4294967296'",
+    "--batch-size 55001": "--batch-size ... 55001 ... 55000 ... mnist", "--runs-dir /proc/runs": "/proc/runs",
+    "--distractors 4": "--distractors ... mnist ... clutteredmnist or clutteredfashionmnist",
+    "--no-augment --rotation 3": "--no-augment ... --rotation", "@data/MNIST/raw/t10k-labels-idx1-ubyte.gz": "@file"}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags(flags, tmp_path, capsys, monkeypatch):
+    """A wrong flag, or a name that no chart's file can have, is one line, which names it, and creates nothing."""
     monkeypatch.chdir(HERE)
-    if "locked" in flags:  # root may look into any folder
-        monkeypatch.chdir(tmp_path)
-        Path("locked").mkdir()
-        monkeypatch.setattr(os, "access", lambda path, mode: path != Path("locked"))
-    assert_refused(capsys, [*([] if "--runs-dir" in flags else ["--runs-dir", tmp_path / "runs"]), *flags], *words)
+    monkeypatch.setitem(MODELS, "_v", MODELS["vit"])
+    monkeypatch.setitem(data.DATASETS, "my=1", data.DATASETS["mnist"])
+    assert_refused(capsys, ["--runs-dir", tmp_path / "runs", *flags.split()], *BAD_FLAGS[flags].split(" ... "))
     assert not (tmp_path / "runs").exists()
 
 
-class Rated(SelfAttention):
-    """An attention whose mean lambda is `rate`, and infinite in an epoch of training if `later`."""
-    rate, later = 0.5, False
+def test_what_ends_a_training(tmp_path, monkeypatch, capsys):
+    """A loss or a mean lambda that is not finite is one line that says where, and what was recorded before is kept. Too
+    little memory is one line that names the flags that need less."""
+    class Rated(SelfAttention):
+        def mean_lambda(self, x):
+            return torch.tensor(untrained if len(x) == 2 else torch.inf)
 
-    def mean_lambda(self, x):
-        return torch.tensor(math.inf if self.later and len(x) > 2 else self.rate)
-
-
-@pytest.mark.parametrize("row, words", [
-    ("vit=2", ["'vit=2'", "name"]), ("my vit/x", ["'my vit/x'", "name"]), ("_v", ["'_v'", "name"]),
-    ("my vit", []), ("rated", ["rated", "mean_lambda is nan before the first step"]),
-    ("later", ["mean lambda is inf at epoch 1, validation"])])
-def test_what_cannot_be_read_again(tmp_path, capsys, monkeypatch, row, words):
-    """A model or a data set whose name no chart's file can have, and a lambda that is not finite, are refused before
-    they are recorded: what was trained can be read."""
-    monkeypatch.setitem(MODELS, row, dict(attention=Rated))
-    monkeypatch.setitem(data.DATASETS, row, data.DATASETS["mnist"])
-    monkeypatch.setattr(data, "load_splits", lambda name, *others, load=data.load_splits: load("mnist", *others))
-    monkeypatch.setattr(Rated, "rate", math.nan if row == "rated" else 0.5)
-    monkeypatch.setattr(Rated, "later", row == "later")
-    for kind, flags in [("model", ["--model", row]), ("dataset", ["--dataset", row, "--model", "vitdiff"])]:
-        flags = [*TINY, "--epochs", "1", *flags, "--runs-dir", tmp_path / kind]
-        if words and (kind == "model" or "name" in words):
-            assert_refused(capsys, flags, *words)
-            assert row == "later" or not (tmp_path / kind).exists()
-        else:
-            assert command(*flags) == 0
-            (folder,) = (tmp_path / kind).iterdir()
-            assert records.read_run(folder)
-            assert command(f"@{folder / 'args.txt'}", *TINY, "--runs-dir", folder.parent) == 0
+    monkeypatch.setitem(MODELS, "mine", dict(attention=Rated))
+    flags = [*TINY, "--batch-size", "2001", "--runs-dir", tmp_path / "validation"]
+    for untrained, words in [(torch.nan, "lambda is nan before the first step"), (0.5, "lambda_0 is inf at epoch 1")]:
+        assert_refused(capsys, [*flags, "--model", "mine"], words)
+    assert_refused(capsys, [*flags, *"--optimizer adamw --lr 1e29".split()], "val_loss is nan at epoch 1", "--lr")
+    factors, step = iter([*[1] * (STEPS + 2), torch.nan, 1, 1]), train.train_step
+    monkeypatch.setattr(train, "train_step", lambda forward, images, *others, **more: step(
+        forward, images * next(factors), *others, **more))
+    assert_refused(capsys, [*STACK, "--runs-dir", tmp_path], tmp_path / "mnist", "nan", "epoch 2, step 3 of 5", "--lr")
+    assert [len(table(path)) for path in tmp_path.glob("mnist*/[ms]*")] == [1, 1]  # metrics.csv, and no summary.json
+    errors = [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("CPUAllocator: can't allocate memory")]
+    monkeypatch.setattr(data, "get_batch", mock.Mock(side_effect=errors))
+    for _ in errors:
+        assert_refused(capsys, [*TINY, "--runs-dir", tmp_path / "memory"], "memory", "--batch-size", "--stack")
 
 
-def test_a_row_of_sizes(tmp_path, monkeypatch):
-    """A row of MODELS decides its sizes where no flag does, and the lambda of block 1 is lambda_1."""
-    def attention(dim, num_heads, depth, **options):
-        return (Rated if depth else SelfAttention)(dim, num_heads, depth, **options)
+# Where it runs.
 
-    monkeypatch.setitem(MODELS, "own", dict(attention=attention, patch_size=14, depth=2, dropout=0.2))
-    settings = settings_for(model="own")
-    assert [settings[name] for name in ("patch_size", "depth", "dropout", "dim")] == [14, 2, 0.2, 32]
-    assert command(*TINY, "--depth", "2", "--epochs", "1", "--model", "own", "--runs-dir", tmp_path) == 0
-    assert [name for name in records.read_run(tmp_path / "mnist-own-seed0").metrics if "lambda" in name] == ["lambda_1"]
-
-
-def test_help(tmp_path, capsys):
-    """--help names every model, data set and flag; in an @FILE, too, ~ is the home folder."""
-    (tmp_path / "flags").write_text("--runs-dir ~/runs\n")
-    assert train.parse_flags([f"@{tmp_path / 'flags'}"]).runs_dir == Path.home() / "runs"
-    assert command("--help") == 0
-    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
-    flags = [*records.SETTINGS[3:], "device", "threads", "data_dir", "runs_dir", "overwrite", "analysis", "compile",
-             "stack"]
-    assert words >= {*MODELS, *DATASETS, *(f"--{name.replace('_', '-')}" for name in flags)}
-
-
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json", "summary.json"])
-def test_damaged_records(finished, untested, tmp_path, capsys, monkeypatch, name):
-    """A record that is cut short, empty, foreign or changed is named, is left as it is, and exit 2; so is a config.json
-    that does not say which seeds of an interrupted run were side by side."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # so that those of the run are read
-    folder, foreign = copy_run(finished if name == "summary.json" else untested, tmp_path), io.BytesIO()
-    torch.save(dict(weights=torch.zeros(3)), foreign)
-    content = (folder / name).read_bytes()
-    damaged = [content[:len(content) // 2], b"", foreign.getvalue(), b"[]", b'{"settings": {}, "facts": []}']
-    if name.endswith(".pt"):  # a bit of a weight has flipped
-        with zipfile.ZipFile(folder / name) as archive:
-            weights = max(map(archive.read, archive.namelist()), key=len)
-        damaged.append(content.replace(weights, bytes([weights[0] ^ 16]) + weights[1:]))
-    if name == "config.json":
-        damaged += [json.dumps(json.loads(content) | dict(facts=facts)).encode() for facts in (
-            {}, dict(stack=3), dict(stack=[1]), dict(stack=["0"]), dict(stack=[0], threads="2"))]
-    for bad in damaged:
-        (folder / name).write_bytes(bad)
-        assert_refused(capsys, [*TINY, "--dropout", "0.1", "--epochs", "3", "--runs-dir", folder.parent], folder / name,
-                       "--overwrite")
-        assert (folder / name).read_bytes() == bad
-    assert untimed(folder) == untimed(finished)
-
-
-def test_folders_in_use(tmp_path, capsys):
-    """A folder that another process trains in, or that is not a run's, or a file in its place, is named and left alone.
-    """
-    used, file, other = (tmp_path / f"mnist-{model}-seed0" for model in ("vitdiff", "vitdiffv2", "vit"))
-    file.write_text("mine")
-    other.mkdir()
-    (other / "metrics.csv").write_text("mine")
-    with records.locked(used):
-        for model, words in dict(vitdiff=[used], vitdiffv2=[file], vit=[other, "metrics.csv", "config.json"]).items():
-            assert_refused(capsys, ["--model", model, "--runs-dir", tmp_path], *words)
-    assert file.read_text() == (other / "metrics.csv").read_text() == "mine"
-
-
-def test_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
-    """A loss that is not finite is one line with epoch and step, or validation, and the record of the epochs before is
-    kept."""
-    flags = ["--batch-size", "2001", "--optimizer", "adamw", "--lr", "1e38", "--runs-dir", tmp_path / "validation"]
-    assert_refused(capsys, [*TINY, *flags], "epoch 1, validation", "--lr")
-    calls, step = itertools.count(), train.train_step
-    monkeypatch.setattr(train, "train_step", lambda net, images, labels, share, **others: step(
-        net, images, labels, share * (math.nan if next(calls) == STEPS + 2 else 1), **others))
-    assert_refused(capsys, [*TINY, "--epochs", "3", "--seed", "0", "1", "--runs-dir", tmp_path],
-                   tmp_path / "mnist-vitdiff-seed0", "nan", "epoch 2, step 3 of 5", "--lr")
-    for seed in (0, 1):
-        folder = tmp_path / f"mnist-vitdiff-seed{seed}"
-        assert len(untimed(folder)) == 1 and not (folder / "summary.json").exists()
-
-
-def test_full_disk(tmp_path, capsys):
-    """A full disk, for which a limit on the size of files stands, is one line and loses nothing."""
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+@pytest.mark.parametrize("name, expected, line", [
+    ("cuda:1", "cuda:1", ""), ("auto", "cuda:0", ""), ("auto", "cpu", "cuda cannot be used (no kernel image): cpu is"),
+    ("cuda", None, "--device cuda is not available (no kernel image): try --device auto"),
+    ("cuda:2", None, "--device cuda:2: torchrun gives each process a card of its own: give --device cuda")])
+def test_cuda_device(monkeypatch, capsys, name, expected, line):
+    """The card that is asked for becomes the current one. One that torch cannot use, or that ranks would share, is
+    an error where it was named; else the next device is used, and a line says so. --amp auto depends on the card."""
+    tries = [RuntimeError("no kernel image\nCompile with TORCH_USE_CUDA_DSA")] * bool(line) + [mock.Mock()]
+    monkeypatch.setattr(torch, "zeros", mock.Mock(side_effect=tries))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(machine, "started_by_torchrun", lambda: name == "cuda:2")
+    for function in ("cuda.is_available", "cuda.set_device", "cuda.is_bf16_supported", "use_deterministic_algorithms"):
+        monkeypatch.setattr(f"torch.{function}", mock.Mock(return_value=name != "cuda:1"))
     try:
-        assert_refused(capsys, [*TINY, "--epochs", "2", "--runs-dir", tmp_path], "best.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name for path in (tmp_path / "mnist-vitdiff-seed0").iterdir()} == {"config.json", "args.txt"}
+        device = machine.pick_device(name)
+        assert str(device) == expected and line in capsys.readouterr().err
+        assert machine.resolve_amp("auto", device) == ("bfloat16" if expected == "cuda:0" else "off")
+    except UserError as error:
+        assert expected is None and str(error) == line
+    assert line or str(torch.cuda.set_device.call_args.args[0]) == expected
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # before any product
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory(tmp_path, monkeypatch, capsys, error):
-    """Too little memory is one line that names the flags that need less, and exit 2."""
-    def fail(*arguments, **options):
-        raise error
-    monkeypatch.setattr(data, "get_batch", fail)
-    assert_refused(capsys, [*TINY, "--runs-dir", tmp_path], "memory", "--batch-size", "--stack")
+def test_idle_cores(monkeypatch):
+    """Of the cores that this process may use those count that are idle, or wait for a disk."""
+    texts = iter(["cpu0 50 0 0 50 0 0 0 0\ncpu1 0 0 0 90 0 0 0 0\ncpu2 0 0 10 90 0 0 0 0\nintr 1\n",
+                  "cpu0 60 0 5 55 0 0 0 0\ncpu1 20 0 0 90 0 0 0 0\ncpu2 0 0 10 100 10 0 0 0\nintr 2\n"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: next(texts))
+    assert machine.idle_cores(0) == pytest.approx(2 * (5 + 20) / 40)
 
 
-class Misshapen(SelfAttention):
-    """An attention with a bug: some of its products do not fit."""
-
-    def forward(self, x, keep=None):
-        return super().forward(x if x.is_meta else x @ torch.ones(3, 3), keep)
-
-
-def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
-    """A bug in a user's attention is raised as it is, and so is one in a plugin."""
-    monkeypatch.setitem(MODELS, "vitbug", dict(attention=Misshapen))
-    with pytest.raises(RuntimeError, match="shape") as error:
-        command(*TINY, "--epochs", "1", "--model", "vitbug", "--runs-dir", tmp_path)
-    assert any(entry.name == "forward" and entry.path == Path(__file__) for entry in error.traceback)
-    plugin = run_plugin(tmp_path, monkeypatch, "\n\n1 / 0\n")
-    with pytest.raises(ZeroDivisionError) as error:
-        command(*TINY, "--plugin", plugin, "--runs-dir", tmp_path / "runs")
-    assert str(error.traceback[-1].path) == str(plugin) and error.traceback[-1].lineno == 2
+@pytest.mark.parametrize("idle, variable, flag, device, expected", [
+    (3.8, "", None, "cpu", 4), (2.6, "", None, "cpu", 3), (0.1, "", None, "cpu", 1), (None, "", None, "cpu", 4),
+    (0.1, "4", None, "cpu", 4), (0.1, "", 3, "cpu", 3), (0.1, "", None, "cuda", 4)])
+def test_threads(monkeypatch, capsys, idle, variable, flag, device, expected):
+    """There are as many threads as idle cores, with a line if these are fewer, unless a flag or variable decides."""
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(machine, "idle_cores", lambda: idle)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", taken := mock.Mock())
+    assert machine.take_threads(flag, torch.device(device)) == taken.call_args.args[0] == expected
+    if expected < 4 and not flag:
+        assert_one_line(capsys, f"{expected} of 4 threads", f"{idle} cores idle", "--threads")
+    assert capsys.readouterr().err == ""
 
 
-def test_attention_without_a_map(tmp_path, monkeypatch, capsys):
-    """An attention that has no attention_map is refused before training, unless without analysis."""
-    class Plain(torch.nn.Module):
-        def __init__(self, *sizes, **options):
-            super().__init__()
-            self.forward = SelfAttention(*sizes, qkv_bias=options["qkv_bias"]).forward
-
-    monkeypatch.setitem(MODELS, "vitplain", dict(attention=Plain))
-    flags = [*TINY, "--model", "vitplain", "--epochs", "1", "--runs-dir", tmp_path / "runs"]
-    assert_refused(capsys, [*flags, "--analysis"], "vitplain", "Plain", "attention_map", "--no-analysis")
-    assert not (tmp_path / "runs").exists() and command(*flags) == 0
-
-
-def test_a_changed_plugin(tmp_path, monkeypatch, capsys):
-    """A run is resumed with the plugin that it was begun with alone; another is refused and named. The kept
-    copy serves to start it afresh."""
-    plugin = run_plugin(tmp_path, monkeypatch, "")
-    flags = [*TINY, "--epochs", "2", "--runs-dir", tmp_path / "runs"]
-    with monkeypatch.context() as patch:
-        end_at(patch, epoch=2)
-        assert command(*flags, "--plugin", plugin) == 130
-    folder = tmp_path / "runs/mnist-vitdiff-seed0"
-    plugin.write_text("changed = True")
-    for more in (["--plugin", plugin], []):
-        assert_refused(capsys, [*flags, *more], folder, "plugin is my plugin.py", "--overwrite")
-    again = [f"@{folder / 'args.txt'}", "--runs-dir", tmp_path / "runs", "--device", "cpu", "--no-analysis"]
-    assert command(*again) == 0
-    assert command(*again, "--overwrite") == 0
-    assert records.find_run_plugin(folder, records.read_config(folder)[0]["plugin"]).read_text() == ""
+def test_threads_of_a_resumed_run(tmp_path, monkeypatch):
+    """A run is resumed with the threads that it began with, unless --threads says otherwise; others fill idle cores."""
+    used, told, get_batch = [], [], data.get_batch
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "idle_cores", mock.Mock(side_effect=[3.0, 3.0, 2.0]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(data, "get_batch", lambda *arguments: used.append(told[-1]) or get_batch(*arguments))
+    for run, seeds in [(begin, ["0"]), (begin, ["1"]), (command, ["0", "2"]), (command, ["1", "--threads", "1"])]:
+        told.append(4)
+        run(*TINY, *"--batch-size 2001 --epochs 2 --stack 1 --runs-dir".split(), tmp_path, "--seed", *seeds)
+    facts = [records.read_config(tmp_path / f"mnist-vitdiff-seed{seed}")[1]["threads"] for seed in range(3)]
+    assert used == [3, 3, 3, 2, 2, 1] and facts == [3, 3, 2]
 
 
-def test_an_attention_of_ones_own(tmp_path):
-    """The README's own lines, in a file of their own, train a new model and draw it in front of the reference."""
-    code = next(code for code in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-                if "MODELS[" in code)
-    (tmp_path / "my_attention.py").write_text(code)
-    shutil.copytree(HERE / "runs/reference/mnist-vit-seed0", tmp_path / "runs/reference/mnist-vit-seed0")
-    flags = ["--plugin", tmp_path / "my_attention.py", "--model", "vitcosine", *TINY, "--epochs", "1"]
-    for arguments in (["train.py", *flags, "--runs-dir", tmp_path / "runs"], ["plot.py", tmp_path / "runs"]):
-        printed = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
-                                 check=True).stdout
-    (row,) = re.findall(r"^ *vitcosine.*$", printed, re.MULTILINE)
-    summary = read_json(tmp_path / "runs/mnist-vitcosine-seed0/summary.json")
-    assert f"{summary['test_accuracy']:.2%}" in row and (tmp_path / "runs/mnist-val-loss.png").exists()
+def test_closed_terminal(finished, tmp_path, plugin, capsys):
+    """A training outlives its terminal, progress bar and all; killed later on and started again, it loses nothing."""
+    plugin.write_text(SMALL)
+    flags = [*STACK, "--plugin", str(plugin), "--runs-dir", str(tmp_path)]
+    process, terminal = os.forkpty()
+    if not process:
+        os.execvpe("sh", ["sh", "-c", 'stty rows 24 cols 100; cd "$0"; exec "$@"', HERE, sys.executable, "train.py",
+                         *flags], os.environ | dict(OMP_NUM_THREADS="1", SIGKILL="rank 0 epoch 3 batch 3"))
+    said = b""
+    while b" epoch 1/3 " not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert b"steps" in said and os.waitpid(process, 0)[1] == 9  # SIGKILL
+    assert command(*flags) == 0 and capsys.readouterr().out.count("resumed after epoch 2 of 3") == 2
+    for folder in tmp_path.glob("mnist*"):
+        assert_same_run(folder, finished.parent / folder.name)
+
+
+def test_two_processes(tmp_path, plugin):
+    """Two processes give the losses of one, also where one has nothing of the last batch. When one dies the other ends
+    too, and the same command resumes. The others wait for hours while the first analyses alone."""
+    with mock.patch.object(machine, "started_by_torchrun"), mock.patch("torch.distributed.init_process_group") as init:
+        machine.connect_ranks(CPU)
+    assert init.call_args.kwargs["timeout"].total_seconds() > 6 * 3600
+    plugin.write_text(SMALL)
+    flags = [*TINY, *"--epochs 3 --lr 1e-3 --muon-lr 2e-3 --seed 0 1 --plugin".split(), plugin, "--runs-dir"]
+    torchrun = [*"-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split(), *flags, tmp_path / "two"]
+    launch(*torchrun, SIGKILL="rank 1 epoch 2 batch 3").communicate(timeout=300)  # connected by gloo on loopback
+    assert [len(table(path)) for path in tmp_path.glob("two/*/metrics.csv")] == [1, 1]
+    process = launch(*torchrun)
+    assert command(*flags, tmp_path / "one") == 0  # meanwhile
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("resumed after epoch 1 of 3") == 2 and out.count(" epoch 3/3 ") == 2  # one process writes
+    for one in (tmp_path / "one").glob("mnist*"):
+        two = tmp_path / "two" / one.name
+        assert records.read_config(two)[1]["processes"] == 2
+        for name, atol in [("train_loss", 1e-4), ("train_accuracy", 1e-3), ("val_loss", 1e-4)]:
+            torch.testing.assert_close(column(two, name), column(one, name), rtol=0, atol=atol)

@@ -28,94 +28,94 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import analysis
+import command
 import data
 import machine
 import records
 import stack
-from records import UserError
+from command import UserError
 from vit import MODELS, ViT
 
 
 # Flags.
 
-def by_dataset(flag):
-    """The default of a flag that depends on the data set, for --help: the most common one, then the exceptions."""
+SIZE = command.whole_number(1)
+# The flags of what decides the outcome, by their group in --help: {setting: (what it takes, default, help)}. Without a
+# default it is the model's, or else the data set's.
+FLAGS = {
+    "sizes; the model's own where left out": {
+        "patch_size": (SIZE, None, "pixels a side"),
+        "dim": (SIZE, None, "width of the tokens (default: 32; vitbalanced 48)"),
+        "depth": (SIZE, None, "blocks (default: 2)"),
+        "num_heads": (SIZE, None, "heads (default: 2; vitdiffpaper 1)"),
+        "mlp_dim": (SIZE, None, "hidden width of a block's MLP (default: 128)"),
+        "head_hidden_dim": (command.whole_number(0), None,
+                            "hidden width of the classifier, 0 for a linear one (default: 128)"),
+        "dropout": (command.PROBABILITY, 0.0, "probability, on the embedded tokens, in the MLPs and on what a block "
+                    "adds, drawn for all seeds side by side together"),
+    },
+    "recipe, the same for every model": {
+        "epochs": (SIZE, None, ""),
+        "batch_size": (SIZE, None, "images"),
+        "optimizer": (dict(choices=["adamw", "muon"]), "muon", "muon is Muon for the matrices and AdamW for the rest"),
+        "lr": (command.RATE, None, "peak learning rate of AdamW"),
+        "muon_lr": (command.RATE, None, "peak learning rate of Muon"),
+        "weight_decay": (command.RATE, None, "decoupled; not on norms, biases, tokens, lambda"),
+        "warmup": (command.SHARE, 0.05, "share of the steps in which the rates rise"),
+        "decay": (command.SHARE, 1.0, "share of the steps in which they fall to 0 at the end; where both make more than "
+                  "1 the peak is not quite reached"),
+        "clip": (command.RATE, 1.0, "maximum gradient norm; 0 disables clipping"),
+        "label_smoothing": (command.PROBABILITY, 0.1, "in every loss, validation and test too"),
+        "distractors": (command.whole_number(0), None, "fragments of other images on each canvas of a cluttered set"),
+    },
+    "augmentation, drawn anew for each training image in each epoch": {
+        setting: (row.flag, None, row.help) for setting, row in data.AUGMENTATIONS.items()},
+}
+SETTINGS = {setting: default for group in FLAGS.values() for setting, (_, default, _) in group.items()}
+
+
+def by_dataset(setting):
+    """The default of a setting that depends on the data set, for --help: the most common one, then the exceptions."""
     names = {}
     for name, row in data.DATASETS.items():
         if "load" not in row:  # a plugin's, of an earlier command in this process
-            names.setdefault(row["defaults"][flag], []).append(name)
+            names.setdefault(data.defaults_of(name)[setting], []).append(name)
     (common, _), *exceptions = sorted(names.items(), key=lambda item: -len(item[1]))
-    parts = [str(common), *(f"{value} for {', '.join(few)}" for value, few in exceptions)]
-    return f"(default: {'; '.join(parts)})"
+    return "; ".join([str(common), *(f"{value} for {', '.join(few)}" for value, few in exceptions)])
 
 
 def make_parser(prog="train.py", description=__doc__):
-    parser = records.Parser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@", allow_abbrev=False,
+    parser = command.Parser(
+        prog, description, fromfile_prefix_chars="@", allow_abbrev=False,
         epilog="@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.")
-    size, count, seed = records.whole_number(1), records.whole_number(0), records.whole_number(0, 2**32 - 1)
-    rate = records.real_number("of at least 0", lambda value: 0 <= value < math.inf)
-    share = records.real_number("from 0 to 1", lambda value: 0 <= value <= 1)
-    probability = records.real_number("of at least 0 and below 1", lambda value: 0 <= value < 1)
-    names = dict(nargs="+", metavar="NAME")
 
-    add = parser.add_argument_group("what to train: every combination of").add_argument
+    add, names = parser.add_argument_group("what to train: every combination of").add_argument, dict(
+        nargs="+", metavar="NAME")
     add("--model", **names, default=["vitdiff"],
         help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
     add("--dataset", **names, default=["mnist"],
         help=f"{', '.join(data.DATASETS)} or one's own, a row that a plugin adds to DATASETS (default: mnist)")
-    add("--seed", **seed, nargs="+", default=[0], help="of weights, batch order, augmentation, dropout (default: 0)")
-    add("--distractors", **count, help="fragments of other images on each canvas of a cluttered data set (default: 4)")
-    add("--plugin", type=records.usable_path, metavar="FILE",
+    add("--seed", **command.whole_number(0, 2**32 - 1), nargs="+", default=[0],
+        help="of weights, batch order, augmentation, dropout (default: 0)")
+    add("--plugin", type=command.usable_path, metavar="FILE",
         help="a Python file to execute first: it may add rows to MODELS and DATASETS or change anything else")
 
-    add = parser.add_argument_group("sizes; the model's own where left out").add_argument
-    add("--patch-size", **size, help=f"pixels a side {by_dataset('patch_size')}")
-    add("--dim", **size, help="width of the tokens (default: 32; vitbalanced 48)")
-    add("--depth", **size, help="blocks (default: 2)")
-    add("--num-heads", **size, help="heads (default: 2; vitdiffpaper 1)")
-    add("--mlp-dim", **size, help="hidden width of a block's MLP (default: 128)")
-    add("--head-hidden-dim", **count, help="hidden width of the classifier, 0 for a linear one (default: 128)")
-
-    add = parser.add_argument_group("recipe, the same for every model").add_argument
-    add("--epochs", **size, help=by_dataset("epochs"))
-    add("--batch-size", **size, help=f"images {by_dataset('batch_size')}")
-    add("--optimizer", choices=["adamw", "muon"], default="muon",
-        help="muon is Muon for the matrices and AdamW for the rest (default: %(default)s)")
-    add("--lr", **rate, help=f"peak learning rate of AdamW {by_dataset('lr')}")
-    add("--muon-lr", **rate, help=f"peak learning rate of Muon {by_dataset('muon_lr')}")
-    add("--weight-decay", **rate, help=f"decoupled; not on norms, biases, tokens, lambda {by_dataset('weight_decay')}")
-    add("--warmup", **share, default=0.05, help="share of the steps in which the rates rise (default: %(default)s)")
-    add("--decay", **share, default=1.0,
-        help="share of the steps in which they fall to 0 at the end; where both make more than 1 the peak is not quite "
-             "reached (default: %(default)s)")
-    add("--clip", **rate, default=1.0, help="maximum gradient norm; 0 disables clipping (default: %(default)s)")
-    add("--label-smoothing", **probability, default=0.1,
-        help="in every loss, validation and test too (default: %(default)s)")
-    add("--dropout", **probability,
-        help="probability, on the embedded tokens, in the MLPs and on what a block adds, drawn for all seeds side by "
-             "side together (default: 0)")
-
-    add = parser.add_argument_group("augmentation, drawn anew for each training image in each epoch").add_argument
-    add("--rotation", **rate, help=f"maximum angle in degrees {by_dataset('rotation')}")
-    add("--scale", **probability, help=f"width and height are divided by up to 1 +- this {by_dataset('scale')}")
-    add("--shear", **probability, help=f"maximum shear {by_dataset('shear')}")
-    add("--shift", **rate, help=f"maximum pixels each way {by_dataset('shift')}")
-    add("--flip", action=argparse.BooleanOptionalAction,
-        help=f"flip horizontally with probability 0.5 {by_dataset('flip')}")
-    add("--brightness", **share,
-        help=f"maximum that is added, of the way from black to white {by_dataset('brightness')}")
+    for title, group in FLAGS.items():
+        add = parser.add_argument_group(title).add_argument
+        for setting, (flag, default, text) in group.items():
+            if "(default:" not in text:
+                text = f"{text} (default: {by_dataset(setting) if default is None else default})".lstrip()
+            add(f"--{setting.replace('_', '-')}", **flag, help=text)
     add("--no-augment", action="store_true", help="none of these")
 
     group = parser.add_argument_group("where and how")
     analysis.add_place_flags(group)
     add = group.add_argument
-    add("--runs-dir", type=records.usable_folder, default=Path("runs"), metavar="DIR",
+    add("--runs-dir", type=command.usable_folder, default=Path("runs"), metavar="DIR",
         help="where the runs' folders are (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where a run exists")
     add("--analysis", action=argparse.BooleanOptionalAction, default=True,
-        help=f"after the test, write {', '.join(records.ANALYSIS)}: what the model does under noise and attends to "
+        help=f"after the test, write {', '.join(analysis.ANALYSES)}: what the model does under noise and attends to "
              "(default: yes)")
     add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
         help="precision of the forward pass; auto is bfloat16 on a CUDA card that computes in it, off elsewhere "
@@ -124,7 +124,7 @@ def make_parser(prog="train.py", description=__doc__):
         help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on CUDA, and on a CPU "
              f"with a C++ compiler for {stack.COMPILED_STEPS:,} training steps or more, those of seeds side by side "
              "added up (default: %(default)s)")
-    add("--stack", **size, help="how many seeds to train side by side, 1 for one after the other (default: all; on a "
+    add("--stack", **SIZE, help="how many seeds to train side by side, 1 for one after the other (default: all; on a "
         f"CPU 1 for images of more than {stack.STACKED_TOKENS} tokens)")
     return parser
 
@@ -142,15 +142,15 @@ def check_defaults(name):
     parser, defaults = make_parser(), data.DATASETS[name]["defaults"]
     parser.error = refuse
     args = parser.parse_args(shlex.split(" ".join(records.make_flags(defaults))))
-    defaults.update({flag: getattr(args, flag) for flag in defaults})
+    defaults.update({setting: getattr(args, setting) for setting in defaults})
 
 
 def check_flags(args):
     """Raise a UserError for flags that contradict each other or the data set."""
     for name in args.model:
-        records.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
+        command.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
     for name in args.dataset:
-        records.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
+        command.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
         data.complete_row(name, args.data_dir)
         if "load" in data.DATASETS[name]:
             check_defaults(name)
@@ -161,7 +161,7 @@ def check_flags(args):
         if args.distractors and not data.is_cluttered(name):
             raise UserError(f"argument --distractors: {name} has none: choose "
                             f"{' or '.join(filter(data.is_cluttered, data.DATASETS))}")
-    given = [name for name in records.AUGMENTATION if getattr(args, name)]
+    given = [name for name in data.AUGMENTATIONS if getattr(args, name)]
     if args.no_augment and given:
         raise UserError(f"argument --no-augment: contradicts --{given[0]}: leave one of them out, or set the strengths "
                         "one by one")
@@ -169,31 +169,36 @@ def check_flags(args):
 
 def resolve_settings(args, model, dataset, seed, device, plugin=None):
     """All that decides the outcome of a run: the settings of config.json, in their order."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(ViT).parameters.items()}
-    defaults |= dict(dropout=0.0) | data.DATASETS[dataset]["defaults"] | MODELS[model]
+    values = {name: parameter.default for name, parameter in inspect.signature(ViT).parameters.items()}
+    values |= {setting: default for setting, default in SETTINGS.items() if default is not None}
+    values |= data.defaults_of(dataset) | MODELS[model]
     if args.no_augment:
-        defaults |= dict(rotation=0.0, scale=0.0, shear=0.0, shift=0.0, flip=False, brightness=0.0)
-    settings = dict(model=model, dataset=dataset, seed=seed, plugin=plugin)
-    for name in [*records.MODEL_SETTINGS, *records.RECIPE_SETTINGS]:
-        settings[name] = defaults[name] if getattr(args, name) is None else getattr(args, name)
-    return settings | dict(amp=machine.resolve_amp(args.amp, device))
+        values |= data.no_augmentation()
+    values |= {setting: value for setting, value in vars(args).items() if value is not None}
+    return dict(model=model, dataset=dataset, seed=seed, plugin=plugin) | {name: values[name] for name in SETTINGS} | (
+        dict(amp=machine.resolve_amp(args.amp, device)))
 
 
 # The step.
 
-def train_step(net, images, labels, share, optimizer, scaler, settings):
-    """A training step of every seed: images (S, B, C, H, W), labels (S, B) -> losses (S,), correct answers (S,).
+def forward(net, images, labels, label_smoothing):
+    """The sum of the losses of every seed and its correct answers, (S,) each: images (S, B, C, H, W), labels (S, B)."""
+    logits = net(images)  # (S, B, classes)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing)
+    return losses.view_as(labels).sum(1), (logits.argmax(2) == labels).sum(1)
+
+
+def train_step(forward, images, labels, share, net, optimizer, scaler, settings):
+    """A training step of every seed -> losses (S,), correct answers (S,), over all ranks. `forward` may be compiled.
 
     `share` is what an image counts in the loss of its seed: 1 / size of the batch, of which each rank has a part.
     """
     with torch.autocast(**machine.precision(settings["amp"], images.device)):
-        logits = net(images)  # (S, B, classes)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none",
-                                 label_smoothing=settings["label_smoothing"])  # (S * B,)
-        losses = losses.view_as(labels).sum(1) * share  # (S,)
+        losses, correct = forward(net, images, labels, settings["label_smoothing"])
+    losses = losses * share
     scaler.scale(losses.sum()).backward()
-    losses, correct = losses.detach(), (logits.argmax(2) == labels).sum(1)
-    gradients = [leaf.grad for group in optimizer.param_groups for leaf in group["params"]]  # (S, P) each
+    losses = losses.detach()
+    gradients = [weights.grad for weights in net.parameters()]  # (S, P) each
     machine.all_reduce([*gradients, losses, correct])
     scaler.unscale_(optimizer)
     if settings["clip"]:
@@ -214,10 +219,11 @@ def clip_gradients(gradients, max_norm):
 
 # The loop.
 
-# Runs that are trained side by side. Of each, in lists: its seed, folder, rows of metrics.csv and best epoch. Of all:
-# net, a StackedModel; step(images, labels, share), which is train_step of these runs; fast_step, the same for whole
-# batches alone, compiled or captured if that was asked for.
-Runs = namedtuple("Runs", "seeds folders metrics best net optimizer scaler step fast_step")
+# A run: its seed, its folder, the rows of its metrics.csv and its best epoch, a dict.
+Run = namedtuple("Run", "seed folder metrics best")
+# Runs that are trained side by side: net, a StackedModel; step(images, labels, share), which is train_step of these
+# runs; whether it is compiled.
+Stack = namedtuple("Stack", "runs net optimizer scaler step compiled")
 
 
 def lr_factor(step, steps, warmup, decay):
@@ -228,37 +234,36 @@ def lr_factor(step, steps, warmup, decay):
     return min(1.0, rise, fall)
 
 
-def epoch_batches(split, seeds, epoch, settings):
+def rank_batches(split, seeds, epoch, settings):
     """This rank's part of the batches of an epoch: images (S, B, C, H, W), labels (S, B), and the share of an image in
     the whole batch, the last of which may be smaller."""
-    parts = (part.split(settings["batch_size"], 1) for part in data.draw_epoch(seeds, epoch, split, settings))
-    for index, draws in zip(*parts):
-        images, labels = data.get_batch(split, machine.part_of_rank(index), machine.part_of_rank(draws), settings)
+    for index, draws in data.epoch_batches(split, seeds, epoch, settings):
+        part = {name: machine.part_of_rank(drawn) for name, drawn in draws.items()}
+        images, labels = data.get_batch(split, machine.part_of_rank(index), part, settings)
         yield images, labels, 1 / index.shape[1]
 
 
-def train_stack(runs, splits, settings):
-    """Train runs side by side to their end, and record each epoch; `splits` is a data set on the device of `runs`."""
-    split, seeds, device = splits["train"], runs.seeds, splits["train"].labels.device
-    whole_batches, rest = divmod(len(split.labels), settings["batch_size"])
-    steps, done = whole_batches + bool(rest), len(runs.metrics[0])
+def train_stack(stacked, splits, settings):
+    """Train runs side by side to their end, and record each epoch; `splits` is a data set on the device of the net."""
+    split, seeds, done = splits["train"], [run.seed for run in stacked.runs], len(stacked.runs[0].metrics)
+    steps = math.ceil(len(split.labels) / settings["batch_size"])  # of an epoch
     with tqdm(total=steps * settings["epochs"], initial=steps * done, unit=" steps", leave=False,
               desc=f"{settings['model']} on {settings['dataset']}", disable=machine.rank() > 0 or None) as bar:
         for epoch in range(done + 1, settings["epochs"] + 1):
             start = time.perf_counter()
             torch.manual_seed(data.mix_seed(*seeds, epoch, "dropout") + machine.rank())
-            losses = torch.zeros(len(seeds), steps, device=device)
-            correct = torch.zeros(len(seeds), dtype=torch.long, device=device)
-            for number, (images, labels, share) in enumerate(epoch_batches(split, seeds, epoch, settings)):
+            stacked.net.train()
+            losses = torch.zeros(len(seeds), steps, device=split.labels.device)
+            correct = torch.zeros(len(seeds), dtype=torch.long, device=split.labels.device)
+            for number, (images, labels, share) in enumerate(rank_batches(split, seeds, epoch, settings)):
                 factor = lr_factor((epoch - 1) * steps + number, settings["epochs"] * steps, settings["warmup"],
                                    settings["decay"])
-                stack.set_lr(runs.optimizer, factor)
-                step = runs.fast_step if number < whole_batches else runs.step  # both are train_step
-                losses[:, number], batch_correct = step(images, labels, share)
+                stack.set_lr(stacked.optimizer, factor)
+                losses[:, number], batch_correct = stacked.step(images, labels, share)
                 correct += batch_correct
                 show_progress(bar, losses[:, number])
             if machine.rank() == 0:
-                record_epoch(runs, splits, settings, epoch, factor, losses, correct, start)
+                record_epoch(stacked, splits, settings, factor, losses.tolist(), correct.tolist(), start)
 
 
 def show_progress(bar, losses):
@@ -267,64 +272,60 @@ def show_progress(bar, losses):
         bar.set_postfix(loss=f"{losses.mean().item():.3f}")
 
 
-def record_epoch(runs, splits, settings, epoch, factor, losses, correct, start):
-    """Evaluate each seed after an epoch, and write its best weights, its metrics and what is needed to resume.
+def record_epoch(stacked, splits, settings, factor, losses, correct, start):
+    """Validate each seed after an epoch, and write its best weights, its metrics and what is needed to resume.
 
     losses (S, steps) and correct answers (S,) are those of the epoch, which began at `start` of time.perf_counter.
     """
-    losses, correct, count = losses.cpu().double(), correct.cpu(), len(splits["train"].labels)
-    images_per_second = len(runs.seeds) * count / (time.perf_counter() - start)
-    shares = torch.tensor([len(batch) / count for batch in torch.arange(count).split(settings["batch_size"])],
-                          dtype=torch.double)
-    models = [analysis.make_model(settings | dict(seed=seed)).to(splits["val"].labels.device) for seed in runs.seeds]
-    for i, (folder, model) in enumerate(zip(runs.folders, models)):
-        check_finite(folder, "loss", losses[i].tolist(), f"epoch {epoch}, step {{}} of {len(shares)}")
-        model.load_state_dict(runs.net.model_state(i))
-    figures = list(zip(analysis.evaluate(models, splits["val"], settings),
-                       analysis.measure_lambdas(models, splits["val"], settings)))
-    for folder, ((val_loss, _), lambdas) in zip(runs.folders, figures):
-        for what, values in [("loss", [val_loss]), ("mean lambda", lambdas)]:
-            check_finite(folder, what, values, f"epoch {epoch}, validation")
-    for i, (folder, ((val_loss, val_accuracy), lambdas)) in enumerate(zip(runs.folders, figures)):
-        if val_loss < runs.best[i]["val_loss"]:
-            runs.best[i] = dict(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
-            records.write_checkpoint(folder / "best.pt", models[i].state_dict())
-        runs.metrics[i].append(dict(
-            epoch=epoch, step=epoch * len(shares), lr=factor * settings["lr"], train_loss=losses[i].dot(shares).item(),
-            train_accuracy=correct[i].item() / count, val_loss=val_loss, val_accuracy=val_accuracy, seconds=math.nan,
-            images_per_second=images_per_second,
-            **{f"lambda_{block}": value for block, value in zip(models[i].differential_blocks(), lambdas)}))
-    for rows in runs.metrics:  # all seeds of the stack share its time
-        rows[-1]["seconds"] = (time.perf_counter() - start) / len(runs.seeds)
-    state = stack.get_state(runs.net, runs.optimizer, runs.scaler)
-    records.write_checkpoint(runs.folders[0] / "last.pt", dict(
-        seeds=runs.seeds, metrics=runs.metrics, best=runs.best, **state))
-    for folder, rows in zip(runs.folders, runs.metrics):
-        records.write_metrics(folder, rows)
-        print_epoch(folder, settings, rows[-1])
+    runs, count, epoch = stacked.runs, len(splits["train"].labels), 1 + len(stacked.runs[0].metrics)
+    images_per_second = len(runs) * count / (time.perf_counter() - start)
+    sizes = [len(batch) for batch in torch.arange(count).split(settings["batch_size"])]
+    for run, of_steps in zip(runs, losses):
+        for step, loss in enumerate(of_steps, 1):
+            check_finite(run, "loss", loss, f"epoch {epoch}, step {step} of {len(sizes)}")
+    validation = stack.evaluate(stacked.net, splits["val"], settings)
+    lambdas = stack.measure_lambdas(stacked.net, splits["val"], settings)
+    for i, (run, (val_loss, val_accuracy)) in enumerate(zip(runs, validation)):
+        row = dict(
+            epoch=epoch, step=epoch * len(sizes), lr=factor * settings["lr"],
+            train_loss=sum(size / count * loss for size, loss in zip(sizes, losses[i])),
+            train_accuracy=correct[i] / count, val_loss=val_loss, val_accuracy=val_accuracy,
+            seconds=(time.perf_counter() - start) / len(runs), images_per_second=images_per_second,
+            **{f"lambda_{block}": value for block, value in lambdas[i].items()})
+        for name, value in row.items():
+            check_finite(run, name, value, f"epoch {epoch}")
+        run.metrics.append(row)
+    for run, model, (val_loss, val_accuracy) in zip(runs, stacked.net.models, validation):
+        if val_loss < run.best["val_loss"]:
+            run.best.update(epoch=epoch, val_loss=val_loss, val_accuracy=val_accuracy)
+            records.write_checkpoint(run.folder / "best.pt", model.state_dict())
+    records.write_checkpoint(runs[0].folder / "last.pt", dict(
+        seeds=[run.seed for run in runs], metrics=[run.metrics for run in runs], best=[run.best for run in runs],
+        **stack.get_state(stacked.net, stacked.optimizer, stacked.scaler)))
+    for run in runs:
+        records.write_metrics(run.folder, run.metrics)
+        print_epoch(run, settings)
 
 
-def check_finite(folder, what, values, where):
-    """Stop the run at a value that its record cannot hold; `where` may have a place for its number."""
-    for number, value in enumerate(values, 1):
-        if not records.is_finite(value):
-            raise UserError(f"{folder}: the {what} is {value} at {where.format(number)}; the record and checkpoints of "
-                            "the epochs before are kept: give a lower --lr or --muon-lr, and --overwrite")
+def check_finite(run, what, value, where):
+    """Stop the run at a value that its record cannot hold."""
+    if not records.is_finite(value):
+        raise UserError(f"{run.folder}: the {what} is {value} at {where}; the record and checkpoints of the epochs "
+                        "before are kept: give a lower --lr or --muon-lr, and --overwrite")
 
 
-def print_epoch(folder, settings, row):
-    tqdm.write(f"{folder.name}  epoch {row['epoch']:>{len(str(settings['epochs']))}}/{settings['epochs']}  "
-               f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.2%}  "
-               f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.2%}  "
-               f"{row['images_per_second']:,.0f} images/s")
+def print_epoch(run, settings):
+    tqdm.write("{}  epoch {epoch:>{width}}/{epochs}  train loss {train_loss:.4f} accuracy {train_accuracy:.2%}  "
+               "val loss {val_loss:.4f} accuracy {val_accuracy:.2%}  {images_per_second:,.0f} images/s".format(
+                   run.folder.name, width=len(str(settings["epochs"])), epochs=settings["epochs"], **run.metrics[-1]))
     sys.stdout.flush()
 
 
 # The runs.
 
-# Runs that differ in their seed alone: the settings are those of the first of `seeds`; request: the arguments of
-# records.find_stacks, which says which of them are still to be trained.
-Experiment = namedtuple("Experiment", "settings facts seeds request")
+# Runs that differ in their seed alone: the settings are those of the first of `seeds`, of which at most `size` are
+# trained side by side.
+Experiment = namedtuple("Experiment", "settings facts seeds size")
 
 
 def plan_experiments(args, device, plugin):
@@ -336,92 +337,106 @@ def plan_experiments(args, device, plugin):
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device, plugin)
         records.check_recordable(settings)
-        facts = analysis.measure_model(settings, with_maps=args.analysis)
-        analysis.check_lambdas(settings, device)
+        facts = stack.measure_model(settings)
+        check_untrained(settings, device, args.analysis)
         size = choose_stack_size(settings, args.stack, len(seeds), device)
-        experiments.append(Experiment(settings, facts | where, seeds, dict(
-            runs_dir=args.runs_dir, settings=settings, seeds=seeds, size=size, overwrite=args.overwrite)))
+        experiments.append(Experiment(settings, facts | where, seeds, size))
     return experiments
+
+
+@torch.inference_mode()
+def check_untrained(settings, device, with_analysis):
+    """Raise a UserError unless the untrained model can be analysed, if so wanted, and its mean lambdas recorded."""
+    model = stack.make_model(settings).to(device).eval()
+    if with_analysis:
+        analysis.check_maps(model, settings["model"])
+    for value in model.mean_lambdas(stack.empty_images(settings, 2).zero_().to(device)):
+        if not records.is_finite(value.item()):
+            raise UserError(f"{settings['model']}: mean_lambda is {value.item()} before the first step: a record needs "
+                            "a finite number")
 
 
 def choose_stack_size(settings, wanted, count, device):
     """How many of `count` seeds are trained side by side at most; a line says why where they cannot be."""
-    size = wanted or stack.default_size(analysis.count_tokens(settings), device)
-    if min(size, count) > 1:
-        with torch.device("meta"):
-            models, images = [analysis.make_model(settings) for _ in range(2)], analysis.empty_images(settings, 2, 1)
-            obstacle = stack.find_obstacle(models, images, settings["amp"])
-        if obstacle:
-            print(f"{settings['model']}: seeds are trained one after the other ({obstacle})", flush=True)
-            return 1
-    return size
+    size = wanted or stack.default_size(stack.count_tokens(settings), device)
+    obstacle = stack.find_obstacle(settings) if min(size, count) > 1 else None
+    if obstacle:
+        print(f"{settings['model']}: seeds are trained one after the other ({obstacle})", flush=True)
+    return 1 if obstacle else size
 
 
-def make_runs(settings, seeds, runs_dir, device, compiled=False, required=False):
-    """The Runs of these seeds from their beginning. Where `compiled` fails, that is a UserError if it is `required`."""
-    net = stack.StackedModel([analysis.make_model(settings | dict(seed=seed)).to(device) for seed in seeds])
+def make_stack(settings, seeds, runs_dir, device, compiled=False, required=False):
+    """The Stack of these seeds from its beginning. Where `compiled` fails, that is a UserError if it is `required`."""
+    net = stack.StackedModel([stack.make_model(settings | dict(seed=seed)).to(device) for seed in seeds])
     optimizer = stack.make_optimizer(net, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "float16")
-    step = functools.partial(train_step, optimizer=optimizer, scaler=scaler, settings=settings)
+    step = functools.partial(train_step, net=net, optimizer=optimizer, scaler=scaler, settings=settings)
     fast_step = None
     if compiled:
-        batch = analysis.empty_images(settings, len(seeds), settings["batch_size"]).zero_().to(device)
-        fast_step = stack.accelerate(step, net, optimizer, machine.part_of_rank(batch), settings["amp"], required)
-    step = functools.partial(step, net)
-    folders = [records.run_folder(runs_dir, settings | dict(seed=seed)) for seed in seeds]
-    metrics, best = [[] for _ in seeds], [dict(epoch=0, val_loss=math.inf) for _ in seeds]
-    return Runs(seeds, folders, metrics, best, net, optimizer, scaler, step, fast_step or step)
+        batch = machine.part_of_rank(stack.empty_images(settings, len(seeds), settings["batch_size"]).zero_())
+        fast_step = stack.accelerate(step, forward, net, optimizer, batch.to(device), settings, required)
+    runs = [Run(seed, records.run_folder(runs_dir, settings | dict(seed=seed)), [], dict(val_loss=math.inf))
+            for seed in seeds]
+    return Stack(runs, net, optimizer, scaler, fast_step or functools.partial(step, forward), fast_step is not None)
 
 
-def begin_runs(experiment, seeds, args, device, threads):
-    """The Runs of these seeds: from the start, with config.json written for each, or where they were interrupted."""
-    settings, facts, *_ = experiment
+def begin_stack(experiment, seeds, args, device, threads):
+    """The Stack of these seeds: from the start, with config.json written for each, or where it was interrupted."""
+    settings, path = experiment.settings, records.run_folder(
+        args.runs_dir, experiment.settings | dict(seed=seeds[0])) / "last.pt"
     if not machine.threads_given(args.threads):  # so that the record of an interrupted run is that of one that was not
-        first = records.run_folder(args.runs_dir, settings | dict(seed=seeds[0]))
-        torch.set_num_threads(machine.on_first_rank(records.read_threads, first) or threads)
+        torch.set_num_threads(machine.on_first_rank(records.read_threads, path.parent) or threads)
     steps = settings["epochs"] * math.ceil(data.training_size(settings["dataset"]) / settings["batch_size"])
     compiled = stack.is_compiled(args.compile, steps * len(seeds), device, settings["amp"])
     if compiled:
         torch.compiler.reset()  # of what was compiled for the stack before: it counts towards a limit
-    runs = make_runs(settings, seeds, args.runs_dir, device, compiled, required=args.compile == "yes")
-    path = runs.folders[0] / "last.pt"
+    stacked = make_stack(settings, seeds, args.runs_dir, device, compiled, required=args.compile == "yes")
     checkpoint = machine.on_first_rank(lambda: records.read_checkpoint(path) if path.exists() else None)
     if checkpoint:
-        with records.reading(path):
-            records.check(checkpoint["seeds"] == seeds, f"it is of the seeds {checkpoint['seeds']}")
-            stack.set_state(runs.net, runs.optimizer, runs.scaler, checkpoint)
-            runs.metrics[:], runs.best[:] = checkpoint["metrics"], checkpoint["best"]
-    for seed, folder, rows in zip(seeds, runs.folders, runs.metrics) if machine.rank() == 0 else []:
-        if rows:
-            records.write_metrics(folder, rows)
-            print(f"{folder}: resumed after epoch {len(rows)} of {settings['epochs']}", flush=True)
+        resume(stacked, path, checkpoint)
+    for run in stacked.runs if machine.rank() == 0 else []:
+        if run.metrics:
+            records.write_metrics(run.folder, run.metrics)
+            print(f"{run.folder}: resumed after epoch {len(run.metrics)} of {settings['epochs']}", flush=True)
         else:
-            own = dict(compiled=runs.fast_step is not runs.step, stack=seeds, threads=torch.get_num_threads())
-            records.write_config(folder, settings | dict(seed=seed), facts | own, args.plugin)
-    return runs
+            how = dict(compiled=stacked.compiled, stack=seeds, threads=torch.get_num_threads())
+            records.write_config(run.folder, settings | dict(seed=run.seed), experiment.facts | how, args.plugin)
+    return stacked
 
 
-def finish_runs(runs, settings, facts, splits, with_analysis):
+def resume(stacked, path, checkpoint):
+    """Go back to where the checkpoint was written, which was read from `path`."""
+    with records.reading(path, LookupError, RuntimeError, TypeError, ValueError):  # of what torch is to load
+        seeds = [run.seed for run in stacked.runs]
+        records.check(checkpoint["seeds"] == seeds, f"it is of the seeds {checkpoint['seeds']}")
+        stack.set_state(stacked.net, stacked.optimizer, stacked.scaler, checkpoint)
+        for run, metrics, best in zip(stacked.runs, checkpoint["metrics"], checkpoint["best"], strict=True):
+            run.metrics[:] = metrics
+            run.best.update(best)
+
+
+def finish_stack(stacked, settings, facts, splits, with_analysis):
     """Test the best weights of the runs, analyse them if so wanted, write summary.json of each, and delete last.pt."""
-    left = [run for run in zip(runs.seeds, runs.folders, runs.metrics, runs.best)
-            if not (run[1] / "summary.json").exists()]
-    folders, split = [folder for _, folder, *_ in left], splits["test"]
-    models = [analysis.load_model(folder, settings | dict(seed=seed), split.labels.device) for seed, folder, *_ in left]
-    tests, start = analysis.evaluate(models, split, settings), time.perf_counter()
+    runs = [run for run in stacked.runs if records.run_state(run.folder) != "finished"]
+    folders, split, count = [run.folder for run in runs], splits["test"], len(splits["train"].labels)
+    net = stack.StackedModel([stack.load_model(run.folder, settings | dict(seed=run.seed)).to(split.labels.device)
+                              for run in runs])
+    tests, start = stack.evaluate(net, split, settings), time.perf_counter()
     if with_analysis:
-        analysis.analyse(folders, models, split, settings)
-    analysis_seconds = (time.perf_counter() - start) / len(left)
-    for (seed, folder, rows, best), (test_loss, test_accuracy) in zip(left, tests):
-        epoch_seconds = [len(splits["train"].labels) / row["images_per_second"] for row in rows]
+        analysis.analyse(folders, net, split, settings)
+    analysis_seconds = (time.perf_counter() - start) / len(runs)
+    for (seed, folder, metrics, best), (test_loss, test_accuracy) in zip(runs, tests):
+        speeds = [row["images_per_second"] for row in metrics]
+        epoch_seconds = [count / speed for speed in speeds]
         records.write_summary(folder, dict(
             model=settings["model"], dataset=settings["dataset"], seed=seed, parameters=facts["parameters"],
-            epochs=len(rows), best_epoch=best["epoch"], val_loss=best["val_loss"], val_accuracy=best["val_accuracy"],
-            test_loss=test_loss, test_accuracy=test_accuracy, seconds=sum(row["seconds"] for row in rows),
+            epochs=len(metrics), best_epoch=best["epoch"], val_loss=best["val_loss"], val_accuracy=best["val_accuracy"],
+            test_loss=test_loss, test_accuracy=test_accuracy, seconds=sum(row["seconds"] for row in metrics),
             train_seconds=sum(epoch_seconds), analysis_seconds=analysis_seconds,
-            milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(rows) / rows[-1]["step"],
-            images_per_second=statistics.median(row["images_per_second"] for row in rows)))
+            milliseconds_per_step=1e3 * statistics.median(epoch_seconds) * len(metrics) / metrics[-1]["step"],
+            images_per_second=statistics.median(speeds)))
         print_result(folder)
-    (runs.folders[0] / "last.pt").unlink(missing_ok=True)
+    (stacked.runs[0].folder / "last.pt").unlink(missing_ok=True)
 
 
 def print_result(folder, width=0):
@@ -449,32 +464,39 @@ def train_runs(args):
     device = machine.pick_device(args.device)
     machine.connect_ranks(device)
     experiments = machine.on_first_rank(plan_experiments, args, device, plugin)
-    unfinished = machine.on_first_rank(lambda: [experiment for experiment in experiments
-                                                if records.find_stacks(**experiment.request)])
     folders = [records.run_folder(args.runs_dir, experiment.settings | dict(seed=seed))
                for experiment in experiments for seed in experiment.seeds]
-    finished_before = sum(not args.overwrite and records.is_recorded(folder) for folder in folders)
+    before = machine.on_first_rank(lambda: [find_unfinished(experiment, args) for experiment in experiments])
+    finished_before = len(folders) - sum(len(seeds) for stacks in before for seeds in stacks)
+    unfinished = [experiment for experiment, stacks in zip(experiments, before) if stacks]
     datasets = {name: data.load_splits(name, args.data_dir, device)
                 for name in dict.fromkeys(experiment.settings["dataset"] for experiment in unfinished)}
     threads = machine.take_threads(args.threads, device) if unfinished else None
     for experiment in unfinished:
         settings, splits = experiment.settings, datasets[experiment.settings["dataset"]]
         with contextlib.ExitStack() as locks:
-            for seeds in machine.on_first_rank(lambda: records.claim_stacks(locks, **experiment.request)):
-                runs = begin_runs(experiment, seeds, args, device, threads)
-                train_stack(runs, splits, settings)
+            for seeds in machine.on_first_rank(find_unfinished, experiment, args, locks):
+                stacked = begin_stack(experiment, seeds, args, device, threads)
+                train_stack(stacked, splits, settings)
                 if machine.rank() == 0:
-                    finish_runs(runs, settings, experiment.facts, splits, args.analysis)
+                    finish_stack(stacked, settings, experiment.facts, splits, args.analysis)
     if machine.rank() == 0:
         print_results(folders, finished_before, args.runs_dir)
     machine.disconnect_ranks()
+
+
+def find_unfinished(experiment, args, locks=None):
+    """The stacks of an experiment that are still to be trained, lists of seeds; with `locks`, an ExitStack, their
+    folders are locked, and with --overwrite emptied."""
+    request = args.runs_dir, experiment.settings, experiment.seeds, experiment.size, args.overwrite
+    return records.claim_stacks(locks, *request) if locks else records.find_stacks(*request)
 
 
 def main(argv=None):
     """Returns the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     machine.keep_freed_memory()
     machine.outlive_terminal()
-    return records.exit_status("train.py", parse_flags, train_runs, argv,
+    return command.exit_status("train.py", parse_flags, train_runs, argv,
                                again="run the same command again, without --overwrite, to resume")
 
 

@@ -99,7 +99,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
-        self.attn_keeps = "keep" in inspect.signature(attn.forward).parameters
+        self.attn_keeps = "keep" in offers(attn)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_dim, dim, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -203,26 +203,37 @@ class ViT(nn.Module):
 
     def differential_blocks(self):
         """The numbers of the blocks whose attention has a mean_lambda."""
-        return [i for i, block in enumerate(self.blocks) if hasattr(block.attn, "mean_lambda")]
+        return [i for i, block in enumerate(self.blocks) if "mean_lambda" in offers(block.attn)]
 
     def mean_lambdas(self, images):
         """The mean weight of the second branch, images (B, C, H, W) -> list of scalars, one a differential block."""
         numbers = self.differential_blocks()
-        if not any(needs_tokens(self.blocks[i].attn.mean_lambda) for i in numbers):
+        if not any("mean_lambda of tokens" in offers(self.blocks[i].attn) for i in numbers):
             return [self.blocks[i].attn.mean_lambda() for i in numbers]
         return [attn.mean_lambda(x) for i, (attn, x) in enumerate(self.attention_inputs(images)) if i in numbers]
 
 
-def needs_tokens(mean_lambda):
-    return any(parameter.default is parameter.empty for parameter in inspect.signature(mean_lambda).parameters.values())
+def offers(attn):
+    """What an attention has besides forward(x), which is all that it must have: a set of
 
-
-def offers_branches(attn):
-    """Whether an attention has branches(x). One that has maps of its own and inherits the method has not: these are
-    not the terms of its maps."""
-    owners = [next((owner for owner in type(attn).__mro__ if name in vars(owner)), None)
-              for name in ("branches", "attention_map")]
-    return None not in owners and issubclass(*owners)
+        keep            forward(x, keep) computes the first `keep` tokens alone
+        attention_map   attention_map(x): the signed weights that multiply the values, (B, H, N, N)
+        branches        branches(x): the terms that each head adds up. One that is inherited does not count where the
+                        map is not: it would describe another map
+        mean_lambda     mean_lambda(x) or mean_lambda(): the mean weight of the second branch
+        mean_lambda of tokens      it needs x
+    """
+    owners = {name: next((owner for owner in type(attn).__mro__ if name in vars(owner)), object)
+              for name in ("attention_map", "branches")}
+    found = {name for name in (*owners, "mean_lambda") if hasattr(attn, name)}
+    if object in owners.values() or not issubclass(owners["branches"], owners["attention_map"]):
+        found.discard("branches")
+    if "keep" in inspect.signature(attn.forward).parameters:
+        found.add("keep")
+    if "mean_lambda" in found and any(parameter.default is parameter.empty for parameter in
+                                      inspect.signature(attn.mean_lambda).parameters.values()):
+        found.add("mean_lambda of tokens")
+    return found
 
 
 def doubled_diff_attention(dim, num_heads, **kwargs):

@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[3]))
+from intervention import HERE, batches, data, records, stack
+
 import analysis
-import data
-import records
 
 CONDITIONS = {"clean": None, "shift": "gaussian_noise_shift", "fluctuation": "gaussian_noise_fluctuation"}
 
@@ -32,9 +30,9 @@ def attenuation(change):
 @torch.no_grad()
 def rows_of(run, split):
     settings, _ = records.read_config(run)
-    model = analysis.load_model(run, settings, torch.device("cpu")).eval()
+    model = stack.load_model(run, settings).eval()
     outputs = {name: [torch.cat(parts, 1) for parts in zip(*(
-        analysis.head_outputs(model, images) for images, _ in data.evaluation_batches(
+        analysis.head_outputs(model, images) for images, _ in batches(
             split, settings, corruption, 3 if corruption else 0)))] for name, corruption in CONDITIONS.items()}
     maps = [torch.cat(parts) for parts in zip(*(
         model.attention_maps(images) for images, _ in data.evaluation_batches(split, settings)))]

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from intervention import HERE, analysis, data, finish, records
+from intervention import HERE, batches, data, finish, records, stack
 
 CHANGES = {"left": lambda change: change, "own": lambda change: change - change.mean(0),
            "common": lambda change: change.mean(0)}
@@ -28,7 +27,7 @@ def by_parts(function, *tensors):
 
 def errors_of(run, settings, labels, clean, noisy):
     """Test error in percent: {way: error}, of the clean images (B, C, H, W) and of the noisy ones."""
-    model = analysis.load_model(run, settings, torch.device("cpu")).eval()
+    model = stack.load_model(run, settings).eval()
     ways = {"clean": by_parts(model.embed, clean)} | dict.fromkeys(CHANGES, by_parts(model.embed, noisy))
     for block in model.blocks:
         heads = {name: by_parts(lambda x: sum(block.attn.branches(block.norm1(x))), x) for name, x in ways.items()}
@@ -46,7 +45,7 @@ def main(folder):
     runs, rows = sorted(folder.glob("cifar10-*-seed*")), []
     settings, _ = records.read_config(runs[0])
     split = data.load_splits("cifar10", HERE.parents[3] / "data", torch.device("cpu"))["test"]
-    clean, noisy = (torch.cat([images for images, _ in data.evaluation_batches(split, settings, *corrupted)])
+    clean, noisy = (torch.cat([images for images, _ in batches(split, settings, *corrupted)])
                     for corrupted in [(), ("gaussian_noise_fluctuation", 3)])
     for run in runs:
         settings, _ = records.read_config(run)

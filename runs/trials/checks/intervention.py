@@ -18,14 +18,23 @@ import torch
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[3]))
-import analysis
+import corruptions
 import data
 import records
+import stack
 import stats
 from diff_attention import merge_heads
 
 OUTPUTS = {"left": lambda clean, noisy: sum(noisy), "clean": lambda clean, noisy: sum(clean),
            "undone": lambda clean, noisy: sum(clean) + noisy[0] - clean[0]}
+
+
+def batches(split, settings, corruption=None, severity=0):
+    """A split in its own order, under a corruption or clean: pairs of normalised images (B, C, H, W) and labels (B,)."""
+    if not severity:
+        return data.evaluation_batches(split, settings)
+    return ((images, labels) for _, images, labels in corruptions.corrupted_batches(
+        split, settings, [corruption], [severity]))
 
 
 def finish(attn, heads):
@@ -53,9 +62,9 @@ def answers(model, clean, noisy):
 @torch.no_grad()
 def errors_of(run, split, part):
     settings, _ = records.read_config(run)
-    model = analysis.load_model(run, settings, torch.device("cpu")).eval()
+    model = stack.load_model(run, settings).eval()
     wrong = dict.fromkeys(OUTPUTS, 0)
-    for (clean, labels), (noisy, _) in zip(*(data.evaluation_batches(split, settings, *corrupted)
+    for (clean, labels), (noisy, _) in zip(*(batches(split, settings, *corrupted)
                                              for corrupted in [(), (f"gaussian_noise_{part}", 3)])):
         for name, found in answers(model, clean, noisy).items():
             wrong[name] += (found != labels).sum().item()

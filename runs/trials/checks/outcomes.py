@@ -2,7 +2,7 @@
 
     python runs/trials/checks/outcomes.py FOLDER        writes outcomes.csv beside this file
 
-FOLDER has the runs of `vit`, `vitdiff` and `vitdiffv2` with weights, as they are before records.py gathers them. Of
+FOLDER has the runs of `vit`, `vitdiff` and `vitdiffv2` with weights, as they are before gather.py gathers them. Of
 each image and model the share of seeds (and of severities) that answer it wrongly is an outcome; the difference of two
 models is the mean over the images of the difference of their outcomes, so its error is that mean's: deviation of the
 differences over the root of the number of images. correlation: between the outcomes of the two models.
@@ -13,11 +13,7 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parents[3]))
-import analysis
-import data
-import records
+from intervention import HERE, batches, data, records, stack
 
 CONDITIONS = {"clean": [(None, 0)]} | {name: [(f"gaussian_noise_{name}", severity) for severity in range(1, 6)]
                                        for name in ("shift", "fluctuation")}
@@ -29,10 +25,10 @@ def outcomes(runs, split, corrupted):
     wrong = torch.zeros(len(split.labels), dtype=torch.double)
     for run in runs:
         settings, _ = records.read_config(run)
-        model = analysis.load_model(run, settings, torch.device("cpu")).eval()
+        model = stack.load_model(run, settings).eval()
         for condition in corrupted:
-            batches = data.evaluation_batches(split, settings, *condition)
-            wrong += torch.cat([model(images).argmax(1) != labels for images, labels in batches])
+            wrong += torch.cat([model(images).argmax(1) != labels
+                                for images, labels in batches(split, settings, *condition)])
     return 100 * wrong / len(runs) / len(corrupted)
 
 

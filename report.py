@@ -1,0 +1,520 @@
+"""Tables of runs, in Markdown and for the terminal: what stats.py computes, laid out.
+
+plot.py writes those of each data set (make_tables) and of the models that are compared, and prints the overview.
+`python report.py` writes the numbers in the tables of README.md and of the pages in runs/.
+"""
+
+import functools
+import itertools
+import math
+import re
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+
+import command
+import records
+import stats
+from command import UserError
+from files import parse_csv, read_text, reading, write_whole
+from stats import BASELINE, compare_lines, error_under, in_print, keep_runs, part_of, readable, test_accuracy
+
+VIT = f"`{BASELINE}`"
+INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
+PARTS_NOTE = (
+    "Shift: each pixel replaced by the mean of what the noise makes of it. Fluctuation: the noise less its shift. "
+    "Unclipped: the noise not clipped at black and white. Offset: one number added to all pixels of an image, or "
+    "of a patch, each patch its own.")
+RESPONSE_NOTE = (
+    "Means over heads. 1, 2: of the first branch, and of minus the second; without a number: of their sum. "
+    "Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption "
+    "makes, by that of the clean outputs around their mean over images. Common share: the part of the change's energy "
+    "that is the same in all images. Cosines: between the first branch and minus the second, of the changes and of the "
+    "clean outputs.")
+
+
+# Figures of runs: of each its format, and a function of a run and perhaps a corruption.
+
+@functools.cache
+def rows_of(path):
+    """The rows of a CSV file, {column: text of a cell}."""
+    with reading(path, advice=records.ORIGINAL):
+        return parse_csv(read_text(path))[1]
+
+
+def published_accuracy(run):
+    found = stats.PUBLISHED.get((run.settings["dataset"], run.settings["model"]))
+    return 100 * found.test_accuracy if found else math.nan
+
+
+def response(name, run, corruption):
+    return stats.response_figure(run, f"{corruption}_3", 1, name)
+
+
+def shared_part(run, corruption):
+    """Noise to signal of the change that all images share, the mean over the heads of the last block."""
+    name, folder = run.folder.name, run.folder if run.folder.exists() else run.folder.parent
+    return statistics.fmean(
+        float(row["noise_to_signal"]) * float(row["common_share"]) for row in rows_of(folder / "response.csv")
+        if row.get("run", name) == name and (row["condition"], row["block"]) == (f"{corruption}_3", "1"))
+
+
+BRANCHES = {"first branch": "noise_to_signal_1", "second branch": "noise_to_signal_2", "output": "noise_to_signal",
+            "cosine of changes": "noise_cosine", "cosine of clean outputs": "signal_cosine"}
+FIGURES = {
+    "parameters": ("{:,.0f}", lambda run, *_: run.summary["parameters"]),
+    "val loss": ("{:.4f}", lambda run, *_: run.summary["val_loss"]),
+    "test loss": ("{:.4f}", lambda run, *_: run.summary["test_loss"]),
+    "accuracy": ("{:.2f}%", lambda run, *_: test_accuracy(run)),
+    "published": ("{:.2f}%", lambda run, *_: published_accuracy(run)),
+    "error": ("{:.1f}%", lambda run, corruption: error_under(corruption)(run) if corruption
+              else 100 - test_accuracy(run)),
+    "irrelevant share": ("{:.1f}%", lambda run, *_: stats.trained_irrelevant_share(run)),
+    **{word: ("{:.2f}", functools.partial(response, name)) for word, name in BRANCHES.items()},
+    "shared part": ("{:.2f}", shared_part),
+    "own part": ("{:.2f}", lambda *of: response("noise_to_signal", *of) - shared_part(*of))}
+
+
+# Cells.
+
+def write(value, form):
+    """The text of a number by a form such as "{:.1%}", or by none: three decimals, or two digits of a small one; "" of
+    nan and None."""
+    if value is None or math.isnan(value):
+        return ""
+    return (form or ("{:.3f}" if value >= 0.1 else "{:#.2g}")).format(value)
+
+
+def mean_cell(line, form, figure_of, interval=True):
+    """The mean of a figure over those of a line's runs that have it, and half its 95% interval if there are several."""
+    values = [value for value in map(figure_of, line.runs) if not math.isnan(value)]
+    mean = write(statistics.fmean(values) if values else None, form)
+    half = write(stats.half_interval(values) if interval else None, form)
+    return f"{mean} ± {half.lstrip('+')}" if half else mean
+
+
+def difference_cell(found, digits=2):
+    return "{} ({} to {})".format(*(f"{found.mean + sign * found.half:+.{digits}f}" for sign in (0, -1, 1)))
+
+
+def comparison_cells(found, digits=2):
+    """The difference with its interval, in how many seeds it is better, p, and p by Holm; empty if found is None."""
+    if found is None:
+        return [""] * 4
+    return [difference_cell(found, digits), f"{found.better} of {found.count}", f"{found.p:.3g}", f"{found.p_holm:.3g}"]
+
+
+# Columns: the cells of one for each line, or {heading: cells}.
+
+def line_columns(lines):
+    return {"model": [line.label for line in lines], "seeds": [str(len(line.runs)) for line in lines]}
+
+
+def figure_column(lines, figure, interval=True):
+    return [mean_cell(line, *FIGURES[figure], interval) for line in lines]
+
+
+def bold_best(cells, best):
+    """The cells, those bold whose number at the beginning is the `best` of several, which is min or max."""
+    means = [float(re.match(r"[\d.]+", cell)[0]) for cell in cells]
+    return [re.sub(r"^\S+", r"**\g<0>**", cell) if mean == best(means) and len(cells) > 1 else cell
+            for cell, mean in zip(cells, means)]
+
+
+# Tables.
+
+def make_table(heading, columns, rows, *notes):
+    """Markdown. columns: their headings. rows: of each as many cells."""
+    ruler = "|---" + "|---:" * (len(columns) - 1) + "|"
+    first, *others = (f"| {' | '.join(cells)} |" for cells in [columns, *rows])
+    return "\n".join([f"## {heading}", "", first, ruler, *others, *(f"\n{note}" for note in notes), ""])
+
+
+def make_columns(heading, columns, *notes):
+    """Markdown of {heading: cells}."""
+    return make_table(heading, columns, zip(*columns.values()), *notes)
+
+
+def difference_note(baseline=VIT):
+    return (f"The difference is from {baseline} of the same recipe and seed: its mean over seeds with a 95% interval "
+            "(Student's t)")
+
+
+def comparison_note(comparisons, baseline):
+    """What the columns of a comparison with a baseline say."""
+    counts = sorted({found.count for found in comparisons.values()})
+    least = " and ".join(f"{2 / 2**count:.3g}" for count in counts)
+    return (f"{difference_note(baseline)}, and in how many seeds the model is better. p: the exact two-sided "
+            f"sign-flip test over seeds; p (Holm): corrected for the number of rows compared, {len(comparisons)}. "
+            f"With {' and '.join(map(str, counts))} seeds p cannot be below {least} before the correction.")
+
+
+def paired_table(heading, measures, corner=("model",), baseline=VIT):
+    """Markdown of comparisons seed by seed; "" where there are none.
+
+    measures: {name, which ends with "points" where these are the unit: {label, or first cells of a row: Comparison}},
+    all of the same rows. corner: the headings of the first cells.
+    """
+    first, *_ = measures.values()
+    columns, rows = [*corner], [[key] if isinstance(key, str) else [*key] for key in first]
+    for name, found in measures.items():
+        columns += [f"{name} (95% interval)", "better in", "p", "p (Holm)"]
+        for row, comparison in zip(rows, found.values(), strict=True):
+            row += comparison_cells(comparison, 2 if name.endswith("points") else 4)
+    return make_table(heading, columns, rows, comparison_note(first, baseline)) if rows else ""
+
+
+# The tables of a data set: of each, a function of (data set, lines) that yields Markdown, "" for nothing to show.
+
+def result_table(dataset, lines):
+    """The figures of each line, the seed-paired difference of its accuracy from `vit`'s, and what is published."""
+    model, seeds = line_columns(lines).values()
+    columns = {"model": model, "parameters": figure_column(lines, "parameters", interval=False), "seeds": seeds,
+               "validation loss": bold_best(figure_column(lines, "val loss"), min),
+               "test loss": bold_best(figure_column(lines, "test loss"), min),
+               "test accuracy": bold_best(figure_column(lines, "accuracy"), max)}
+    notes = [INTERVAL_NOTE] if any(len(line.runs) > 1 for line in lines) else []
+    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
+    if comparisons:
+        difference, better, _, p_holm = zip(*(comparison_cells(comparisons.get(label)) for label in model))
+        columns |= {f"accuracy minus {VIT}'s, points": difference, "better in": better, "p (Holm)": p_holm}
+        notes.append(comparison_note(comparisons, VIT))
+    published = [stats.published_of(dataset, line) for line in lines]
+    if any(published):
+        columns["published"] = [
+            f"{found.val_loss:.3f}, {found.test_loss:.3f}, {found.test_accuracy:.2%}" if found else ""
+            for found in published]
+        notes.append("Published: validation loss, test loss and test accuracy of one run of "
+                     f"{max(found.epochs for found in published if found)} epochs.")
+    yield make_columns(dataset, columns, *notes)
+
+
+def difference_table(dataset, lines):
+    yield paired_table(f"{dataset}: difference from {VIT}", {
+        "test accuracy, points": compare_lines(lines, test_accuracy, more_is_better=True),
+        "test loss": compare_lines(lines, lambda run: run.summary["test_loss"])})
+
+
+def corruption_table(dataset, lines, names):
+    """The paired difference of the test error under each corruption, with one correction for all of them."""
+    found = stats.compare({(label, name): differences for name in names for label, differences in (
+        stats.paired_differences(lines, error_under(name)).items())})
+    cells = {key: f"**{difference_cell(comparison)}**" if comparison.p_holm < 0.05 else difference_cell(comparison)
+             for key, comparison in found.items()}
+    labels = dict.fromkeys(label for label, _ in found)
+    return make_columns(
+        f"{dataset}: difference in the test error under each corruption, points",
+        {"model": labels} | {readable(name): [cells[label, name] for label in labels] for name in names},
+        f"{difference_note()}. Bold: p is below 0.05 by the exact two-sided sign-flip test with Holm's correction for "
+        f"all {len(found)} cells.") if found else ""
+
+
+def noise_tables(dataset, lines):
+    """The mean over severities of each corruption's test error, its ratio to `vit`'s, and the paired difference."""
+    shared, severities = stats.shared_corruptions(lines)
+    names = stats.plain_corruptions(shared)
+    if not names:
+        return
+
+    def cell(line, part):
+        error, pairs = error_under(*part), stats.pair_with_baseline(line, lines)
+        text = mean_cell(line, "{:.1f}%", error, interval=part is names)
+        theirs = sum(error(partner) for _, partner in pairs)
+        return f"{text} ({sum(error(run) for run, _ in pairs) / theirs:.2f})" if theirs else text
+
+    lines = keep_runs(lines, lambda run: run.noise)
+    parts = {readable(name): [name] for name in names} | {"mean": names}
+    yield make_columns(
+        f"{dataset}: mean test error over severities 1 to {severities} (ratio to that of {VIT})",
+        line_columns(lines) | {heading: [cell(line, part) for line in lines] for heading, part in parts.items()},
+        f"{INTERVAL_NOTE} Ratios are to {VIT} of the same recipe and seeds.")
+    yield paired_table(f"{dataset}: difference in the mean test error", {
+        "mean of all, points": compare_lines(lines, error_under(*names))})
+    yield corruption_table(dataset, lines, names)
+
+
+def shift_tables(dataset, lines):
+    """The mean test error under each noise and each of its parts, and the paired differences, also by severity."""
+    shared, severities = stats.shared_corruptions(lines)
+    if not stats.gaussian_parts(shared):
+        return
+    lines, names = keep_runs(lines, lambda run: run.noise), stats.noise_parts(shared)
+    gaussian = [name for name in names if part_of(name)[0] == "gaussian_noise"]
+    yield make_columns(
+        f"{dataset}: mean test error over severities 1 to {severities} under each noise and under its parts alone",
+        line_columns(lines) | {readable(name): [
+            mean_cell(line, "{:.2%}", lambda run: stats.noise_error(run, [name])) for line in lines]
+            for name in names}, INTERVAL_NOTE, PARTS_NOTE)
+    yield paired_table(f"{dataset}: difference in the test error under Gaussian noise", {
+        f"{readable(name)}, points": compare_lines(lines, error_under(name))
+        for name in gaussian if part_of(name)[1] != "unclipped"})
+    yield corruption_table(dataset, lines, names)
+    yield from severity_tables(dataset, lines, gaussian)
+
+
+def severity_tables(dataset, lines, names):
+    """The test error under each of some corruptions at each severity, and the paired difference."""
+    amounts, errors, differences = lines[0].runs[0].amounts[names[0]], [], []
+    for name in names:
+        figures = [lambda run, i=i: 100 * (1 - run.noise[name][i]) for i in range(len(amounts))]
+        errors += [[readable(name), line.label, *(mean_cell(line, "{:.2f}%", figure_of) for figure_of in figures)]
+                   for line in lines]
+        found = [compare_lines(lines, figure_of) for figure_of in figures]
+        differences += [[readable(name), label, *(difference_cell(comparisons[label]) for comparisons in found)]
+                        for label in found[0]]
+    columns = ["corruption", "model", *(f"severity {i} ({amount:g})" for i, amount in enumerate(amounts, 1))]
+    yield make_table(f"{dataset}: test error by severity", columns, errors, INTERVAL_NOTE)
+    if differences:
+        yield make_table(f"{dataset}: difference in the test error by severity, points", columns, differences,
+                         f"{difference_note()}.")
+
+
+def response_tables(dataset, lines):
+    """How the branches of the heads respond to each noise: a table a block, with a row a model and condition."""
+    lines = keep_runs(lines, lambda run: run.response)
+    conditions, blocks = stats.conditions_and_blocks(lines, "response")
+    forms = {name: "{:+.2f}" if "cosine" in name else "{:.1%}" if "share" in name else None
+             for name in records.RESPONSE_FIGURES}
+    columns = ["model", "condition", *(name.replace("_", " ") for name in forms)]
+    for block in blocks:
+        rows = [[line.label, readable(condition), *(
+            mean_cell(line, form, lambda run: stats.response_figure(run, condition, block, name))
+            for name, form in forms.items())] for line in lines for condition in conditions]
+        yield make_table(f"{dataset}: response of the branches in block {block}", columns, [
+            row for row in rows if any(row[2:])])  # not every model has this block
+    if blocks:
+        yield f"{INTERVAL_NOTE}\n\n{RESPONSE_NOTE}\n"
+
+
+def attention_tables(dataset, lines):
+    """The share of the class token's weight on irrelevant patches in the last block, the ratio of relevant to
+    irrelevant weight per patch, and the paired difference of the share."""
+    lines = keep_runs(lines, stats.has_background)
+    if not lines:
+        return
+
+    def cell(line, condition):
+        share, ratio = (mean_cell(line, form, lambda run: stats.attention_figure(run, condition, -1, name))
+                        for name, form in (("irrelevant_share", "{:.1%}"), ("signal_to_noise", "{:.2f}")))
+        return share and f"{share} ({ratio.split(' ')[0]})"
+
+    columns, (conditions, _) = line_columns(lines), stats.conditions_and_blocks(lines, "attention")
+    columns |= {readable(condition): [cell(line, condition) for line in lines] for condition in conditions}
+    uniform = [write(stats.uniform_share(lines, condition), "{:.1%} (1.00)") for condition in conditions]
+    yield make_table(
+        f"{dataset}: share of attention on irrelevant patches in the last block (signal-to-noise ratio)",
+        columns, [*zip(*columns.values()), ["uniform attention", "", *uniform]], INTERVAL_NOTE)
+    yield paired_table(f"{dataset}: difference in the irrelevant share, on images as in training", {
+        "irrelevant share, points": compare_lines(lines, stats.trained_irrelevant_share)})
+
+
+DATASET_TABLES = {"table": result_table, "paired-table": difference_table, "noise-table": noise_tables,
+                  "shift-table": shift_tables, "response-table": response_tables, "attention-table": attention_tables}
+
+
+def join(tables):
+    return "\n".join(filter(None, tables))
+
+
+def make_tables(dataset, lines):
+    """{name: Markdown} of a data set."""
+    tables = {name: join(make(dataset, lines)) for name, make in DATASET_TABLES.items()}
+    return {name: table for name, table in tables.items() if table}
+
+
+def comparison_tables(lines_of, compared):
+    """Markdown of the models of each pair in `compared`, seed by seed, in accuracy and in the error under the parts of
+    Gaussian noise, each of the two with one correction for all that it compares; "" where they share no two seeds.
+
+    lines_of: {data set: lines}. A data set whose runs did not all meet the parts is missing in the second.
+    """
+    def table(measure, corner, figures_of, more_is_better=False):
+        found = {(in_print(dataset), label, part)[:len(corner)]: differences
+                 for dataset, lines in lines_of.items() for pair in compared
+                 for part, figure_of in figures_of(lines).items()
+                 for label, differences in stats.paired_differences(lines, figure_of, [pair]).items()}
+        return paired_table(f"Differences between models in {measure}",
+                            {"difference, points": stats.compare(found, more_is_better)}, corner, "the second model")
+
+    return join([
+        table("test accuracy", ["data set", "models"], lambda lines: {"": test_accuracy}, more_is_better=True),
+        table("the error under the parts of Gaussian noise, mean over severities", ["data set", "models", "part"],
+              stats.part_errors)])
+
+
+# What is printed.
+
+SCREEN, WIDTH = 40, 100  # lines and characters
+OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
+OVERVIEW_PARTS = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
+
+
+def overview_rows(dataset, lines):
+    """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
+    model, seeds = line_columns(lines).values()
+    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
+    columns = {"seeds": seeds} | {
+        figure: figure_column(lines, figure, interval=False) for figure in ("parameters", "val loss", "accuracy")}
+    columns[f"minus {BASELINE}, points"] = [comparison_cells(comparisons.get(label))[0] for label in model]
+    for part, error in stats.part_errors(lines).items():
+        columns[part] = [mean_cell(line, "{:.1f}%", error, interval=False) for line in lines]
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    texts = ["  ".join(map(str.rjust, cells, widths)) for cells in [columns, *zip(*columns.values())]]
+    labels = [in_print(dataset), *model]
+    room = min(max(map(len, labels)), WIDTH - len(texts[0]) - 2)
+    wrapped = [textwrap.wrap(label, room, subsequent_indent="  ") for label in labels]
+    return ["\n".join([f"{first:{room}}  {text}".rstrip(), *more]) for (first, *more), text in zip(wrapped, texts)]
+
+
+def overview(lines_of, out):
+    """What is printed of {data set: lines} whose tables are in the folder `out`: a table each, with as many rows as the
+    screen has room for; it holds one more line."""
+    tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
+    notes = [OVERVIEW_NOTE, *[OVERVIEW_PARTS] * any("fluctuation" in heading for heading, *_ in tables.values())]
+    for most in range(SCREEN, -1, -1):
+        texts = []
+        for dataset, (heading, *rows) in tables.items():
+            more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
+            texts += [heading, *rows[:most], *more, ""] if most else more
+        text = "\n".join([*texts, *notes])
+        if text.count("\n") + 2 <= SCREEN:
+            break
+    return text
+
+
+# The pages: README.md and those in runs/. The headings of a table say what is in its cells.
+
+RUNS = Path(__file__).parent / "runs"
+HELP = """Write the numbers in the tables of README.md and of the pages in runs/, from the recorded runs.
+
+A table stands between <!-- table: WORDS --> and <!-- end of table -->. Its headings stay as they are written. A cell is
+what WORDS and the headings of its row and column say, with commas between words: the data set, the model, the figure,
+what the images went through, the seeds ("seeds 0 to 4"), the folder in runs/. "vitdiff - vit" is the difference between
+two models, seed by seed, "brightness - reference" that between two folders. Nothing else in a page is changed."""
+PAGES = [*RUNS.parent.glob("README.md"), *sorted(RUNS.glob("**/README.md"))]
+TABLES = {words: page for page in reversed(PAGES)  # {the words of a mark: the first page that has it}
+          for words in re.findall("<!-- table: (.+) -->", page.read_text("utf-8", "replace"))}
+CORRUPTIONS = [*stats.GAUSSIAN_PARTS, "gaussian_noise", "contrast", "distractors"]
+COLUMNS = {"clean": "clean", "as they are": "left", "first branch alone": "undone",  # of CSV files, in percent
+           "without the shared part": "own", "the shared part alone": "common"}
+WORDS = {  # what each says of a cell
+    **{figure: dict(figure=figure) for figure in FIGURES},
+    **{word: dict(figure=column) for word, column in COLUMNS.items()},
+    **{text: dict(dataset=name) for name, text in stats.IN_PRINT.items()},
+    **{part_of(name)[1] or readable(name): dict(corruption=name) for name in CORRUPTIONS},
+    "p (Holm)": {}}
+
+
+def meaning(headings):
+    """What the words of headings, with commas between them, say of a cell: what WORDS has, seeds, a model and a folder
+    or CSV file in runs/, of both of which there may be sums, as in `vitdiff` - `vit`."""
+    said = dict(place="reference+controls", seeds=range(10**6), corruption="")
+    for word in headings.replace("`", "").split(", "):
+        seeds = re.fullmatch(r"seeds (\d+) to (\d+)", word)
+        if seeds:
+            said["seeds"] = range(int(seeds[1]), int(seeds[2]) + 1)
+        elif word.startswith("vit"):
+            said["model"] = word
+        elif (RUNS / re.split("[ +]", word)[0]).exists():
+            said["place"] = word
+        else:
+            command.check_name("word", word, WORDS)
+            said |= WORDS[word]
+    for name in ("dataset", "model", "figure"):
+        if name not in said:
+            raise UserError(f"{headings!r} does not say which {name}")
+    return said
+
+
+@functools.cache
+def runs_at(place):
+    """The runs of folders in runs/, with + between them."""
+    runs, left_out = records.find_runs(*(RUNS / name for name in place.split("+")))
+    for line in left_out:
+        if not line.endswith("not a run"):
+            raise UserError(line)
+    return runs
+
+
+def figures_of(place, figure, corruption, seeds, **which):
+    """{seed: figure} of the runs of a model on a data set, or of the rows of a CSV file."""
+    if place.endswith(".csv"):
+        which["part"] = part_of(corruption)[1]
+        return {row.get("seed"): float(row[figure]) for row in rows_of(RUNS / place) if row | which == which | row}
+    _, figure_of = FIGURES[figure]
+    return {run.settings["seed"]: figure_of(run, corruption) for run in runs_at(place)
+            if run.settings | which == run.settings and run.settings["seed"] in seeds}
+
+
+def sample(place, model, **said):
+    """The figures of a cell, one a seed: of places or models with signs between them, their sums."""
+    places, models = (re.findall(r"(- )?(\w\S*)", text) for text in (place, model))
+    terms = [(1 if minus == other_minus else -1, figures_of(name, model=other, **said))
+             for (minus, name), (other_minus, other) in itertools.product(places, models)]
+    seeds = set.intersection(*(set(figures) for _, figures in terms))
+    if len(seeds) < min(len(terms), 2):
+        raise UserError(f"there are too few runs of {model} in {place}")
+    return [sum(sign * figures[seed] for sign, figures in terms) for seed in seeds]
+
+
+def write_column(cells, by_holm):
+    """The texts of a column: means; of differences their means with 95% intervals, or their p by Holm for all."""
+    samples, figure = [sample(**cell) for cell in cells], cells[0]["figure"]
+    if any(" - " in cell["place"] + cell["model"] for cell in cells):
+        found = stats.compare(dict(enumerate(samples))).values()
+        return [f"{row.p_holm:.2g}" if by_holm else difference_cell(row, 4 if "loss" in figure else 2) for row in found]
+    form, _ = FIGURES.get(figure, ("{:.1f}%", None))
+    return [write(statistics.fmean(values), form) for values in samples]
+
+
+TABLE = re.compile(r"(<!-- table: (.+) -->\n)((?:\|.*\|\n){3,})(?=<!-- end of table -->)")
+
+
+def fill_table(found):
+    """A table that was found between its marks, with its headings as they are and its cells written anew."""
+    mark, said, text = found.groups()
+    (_, *columns), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    names = [name for name, *_ in rows]
+    cells = [write_column([meaning(f"{said}, {name}, {column}") for name in names], "p (Holm)" in column)
+             for column in columns]
+    lines = [f"| {' | '.join(line)} |" for line in zip(names, *cells)]
+    return mark + "\n".join([*text.split("\n")[:2], *lines, ""])
+
+
+def write_page(path):
+    """Write the tables of a page; whether that changed it. A UserError if a table has no end or no headings, or a word
+    in them is unknown."""
+    with reading(path, advice="name a page in Markdown"):
+        text = read_text(path)
+    try:
+        written, count = TABLE.subn(fill_table, text)
+        if count < text.count("<!-- table"):
+            raise UserError("write nothing but a table, with its headings, between <!-- table: WORDS --> and "
+                            "<!-- end of table -->")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if written != text:
+        write_whole(path, written)
+    return written != text
+
+
+def write_pages(args):
+    changed = [f"{path} is written" for path in args.pages if write_page(path)]
+    print("\n".join(changed or ["all pages are as they are"]))
+
+
+def parse_flags(argv):
+    parser = command.Parser("report.py", HELP)
+    parser.add_argument("pages", nargs="*", type=command.usable_path, metavar="PAGE",
+                        default=PAGES,
+                        help="a page in Markdown (default: README.md and every README.md in runs/)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    return command.exit_status("report.py", parse_flags, write_pages, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import command
 import corruptions
@@ -22,7 +23,8 @@ import machine
 import records
 import stack
 from command import UserError
-from vit import MODELS, ViT, offers
+from diff_attention import merge_heads
+from vit import MODELS, ViT, offers, owner_of
 
 
 # What the class token attends to.
@@ -199,34 +201,74 @@ def measure_response(net, split, settings):
 
 
 # The files that a run's analysis writes: {file: the function of a net, a split and the settings that returns for each
-# model the rows of a CSV file or the arrays of an .npz file, and what each attention must offer}.
-Analysis = namedtuple("Analysis", "measure needs", defaults=["attention_map"])
+# model the rows of a CSV file or the arrays of an .npz file, and what each attention must offer, if anything}.
+Analysis = namedtuple("Analysis", "measure needs", defaults=[None])
 ANALYSES = {
     "noise.csv": Analysis(measure_noise),
-    "attention.csv": Analysis(measure_attention),
-    "attention.npz": Analysis(picture_attention),
+    "attention.csv": Analysis(measure_attention, needs="attention_map"),
+    "attention.npz": Analysis(picture_attention, needs="attention_map"),
     "response.csv": Analysis(measure_response, needs="branches"),
 }
 
 
-def offered(model):
-    """What all attentions of a model offer."""
-    return set.intersection(*(offers(block.attn) for block in model.blocks))
+@torch.no_grad()
+def check_model(model, images, name, with_analysis=True):
+    """Raise a UserError unless the attention of a model in eval mode is what it says, on a few images (B, C, H, W)."""
+    for attn, x in model.attention_inputs(images):
+        kind, found = f"{name}: {type(attn).__name__}", offers(attn)
+        if "keep" in found and not torch.allclose(attn(x)[:, :1], attn(x, keep=1), rtol=1e-3, atol=1e-5):
+            raise UserError(f"{kind}.forward(x, keep=1) is not the first token of forward(x): leave keep out where what "
+                            "a token gets depends on the other rows of the map")
+        if "mean_lambda" in found:
+            value = (attn.mean_lambda(x) if "mean_lambda of tokens" in found else attn.mean_lambda()).item()
+            if not records.is_finite(value):
+                raise UserError(f"{kind}: mean_lambda is {value} before the first step: a record needs a finite number")
+        if not with_analysis:
+            continue
+        if "attention_map" not in found:
+            raise UserError(f"{kind} has no attention_map(x), which the analysis needs: write it, or train with "
+                            "--no-analysis")
+        for what, terms in [("attention_map", [attn.attention_map(x)]),
+                            ("branches", attn.branches(x) if "branches" in found else [])]:
+            for shape, is_finite in [(tuple(term.shape), term.isfinite().all()) for term in terms]:
+                fits = len(shape) == 4 and shape[::2] == x.shape[:2] and (what == "branches" or shape[3] == shape[2])
+                if not fits or not is_finite:
+                    raise UserError(f"{kind}.{what}(x) is {shape}{'' if is_finite else ' with nan or inf'}, of tokens "
+                                    f"{tuple(x.shape)}: mend it, or train with --no-analysis")
 
 
-def check_maps(model, name):
-    """Raise a UserError unless the attention of the model can be analysed."""
-    for block in model.blocks:
-        if "attention_map" not in offers(block.attn):
-            raise UserError(f"{name}: {type(block.attn).__name__} has no attention_map(x), which the analysis needs: "
-                            "write it, or train with --no-analysis")
+def is_described(attn, x):
+    """Whether the branches of an attention add up to what its heads make, as far as can be seen: one of its modules is
+    given their sum. Where the forward pass is not written below them, that is taken for granted."""
+    if issubclass(owner_of(attn, "branches"), owner_of(attn, "forward")):
+        return True
+    heads, given = sum(attn.branches(x)), []
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: given.extend(inputs)) for module in attn.children()]
+    attn(x)
+    for hook in hooks:
+        hook.remove()
+    return any(tensor.shape == expected.shape and torch.allclose(tensor, expected, rtol=1e-3, atol=1e-5)
+               for tensor in given for expected in (heads, merge_heads(heads)))
+
+
+@torch.no_grad()
+def choose_analyses(model, images):
+    """The files of ANALYSES that can be written of a model, by what its attention offers and does with a few images; a
+    line says what is left out."""
+    offered = set.intersection(*(offers(block.attn) for block in model.blocks))
+    for attn, x in model.attention_inputs(images) if "branches" in offered else []:
+        if not is_described(attn, x):
+            command.say_once(f"{type(attn).__name__} changes forward(x), and what attention_map(x) and branches(x) say "
+                             "is of another class: without these two of its own its attention is not analysed")
+            offered -= {"attention_map", "branches"}
+    return [name for name, analysis in ANALYSES.items() if analysis.needs in (None, *offered)]
 
 
 def analyse(folders, net, split, settings):
     """Write the files of ANALYSES of trained models, whose runs differ in their seed alone; returns their names."""
     net.eval()
-    names = [name for name, analysis in ANALYSES.items() if analysis.needs in offered(net.models[0])]
-    for name in names:
+    names = choose_analyses(net.models[0], first_images(split, settings))
+    for name in tqdm(names, desc="analysis", unit=" files", leave=False, disable=None):
         for folder, found in zip(folders, ANALYSES[name].measure(net, split, settings)):
             if name.endswith(".npz"):
                 records.write_arrays(folder / name, found)
@@ -235,26 +277,35 @@ def analyse(folders, net, split, settings):
     return names
 
 
+def first_images(split, settings):
+    """The first two images of a split, normalised, (2, C, H, W)."""
+    images, _ = next(data.evaluation_batches(split, settings))
+    return images[:2]
+
+
 # The command.
 
-def analyse_run(folder, device, data_dir):
-    """Test a finished run again, print the figures beside those recorded, and write its analysis."""
-    settings, _ = records.read_config(folder)
+def analyse_run(folder, device, data_dir, plugin=None):
+    """Test a finished run again, print the figures beside those recorded, and write its analysis. `plugin` replaces the
+    one that the run was trained with, and is a fact of the run from then on."""
+    settings, facts = records.read_config(folder)
     summary = records.read_summary(folder)
-    if settings.get("plugin"):
-        records.execute_plugin(records.find_run_plugin(folder, settings["plugin"]))
+    if plugin or settings.get("plugin"):
+        executed = records.execute_plugin(plugin or records.find_run_plugin(folder, settings["plugin"]))
     command.check_name("model", settings["model"], MODELS)
     command.check_name("data set", settings["dataset"], data.DATASETS)
     with records.reading(folder / "config.json"):
         records.check({*records.MODEL_SETTINGS, "label_smoothing"} <= settings.keys(), "a setting is missing")
     data.complete_row(settings["dataset"], data_dir)
     model = stack.load_model(folder, settings).to(device)
-    check_maps(model, settings["model"])
     net, split = stack.StackedModel([model]), data.load_splits(settings["dataset"], data_dir, device)["test"]
+    check_model(model.eval(), first_images(split, settings), settings["model"])
     (figures,) = stack.evaluate(net, split, settings)
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
     names = analyse([folder], net, split, settings)
+    if plugin:
+        records.write_json(folder / "config.json", dict(settings=settings, facts=facts | dict(analysed_by=executed)))
     records.write_summary(folder, summary)
     print(f"{', '.join(names)} written into {folder}", flush=True)
 
@@ -267,7 +318,7 @@ def analyse_runs(args):
     machine.take_threads(args.threads, device)
     for folder in args.runs:
         with records.locked(folder):  # which gather would else move away meanwhile
-            analyse_run(folder, device, args.data_dir)
+            analyse_run(folder, device, args.data_dir, args.plugin)
 
 
 def add_place_flags(parser):
@@ -282,6 +333,8 @@ def add_place_flags(parser):
 def parse_flags(argv):
     parser = command.Parser("analysis.py", __doc__)
     parser.add_argument("runs", nargs="+", type=command.usable_folder, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--plugin", type=command.usable_path, metavar="FILE",
+                        help="in place of the plugin that is kept beside the runs, as when its attention_map was mended")
     add_place_flags(parser)
     return parser.parse_args(argv)
 

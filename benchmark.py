@@ -90,7 +90,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             rows.append(dict(
                 dataset=settings["dataset"], model=settings["model"], seeds=len(seeds), compiled=compiled,
                 batch_size=settings["batch_size"], parameters=facts["parameters"],
-                training_flops_per_image=stack.measure_model(settings, backward=True)["flops_per_image"],
+                training_flops_per_image=stack.measure_model(settings, backward=True).get("flops_per_image", math.nan),
                 warm_up_seconds=time.perf_counter() - start))
             steps.append(step)
             evaluations.append(evaluation)

@@ -11,8 +11,7 @@ import shutil
 import sys
 
 import command
-from command import UserError
-from files import keep_plugin, locked, parse_csv, read_json, read_text, write_csv, writing
+from command import UserError, keep_plugin, locked, parse_csv, read_json, read_text, write_csv, writing
 from records import (FILES, TABLES, check_same, checksum_of, from_cell, make_flags, read_rows, read_run, read_table,
                      read_tables, run_state, subfolders)
 

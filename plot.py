@@ -25,7 +25,6 @@ from urllib.parse import quote
 
 import charts
 import command
-import files
 import records
 import report
 import stats
@@ -184,7 +183,7 @@ def write_chart(out, file_format, dataset, lines, name):
         if figure is None:
             return False
         figure.savefig(content, format=file_format)
-    files.write_whole(out / f"{dataset}-{name}.{file_format}", content.getvalue())
+    command.write_whole(out / f"{dataset}-{name}.{file_format}", content.getvalue())
     return True
 
 
@@ -250,7 +249,7 @@ def plot(args):
     lines_of = find_lines(args)
     check_pairs(args.compare, lines_of)
     out, answers = args.out or args.folders[0] / "report", defaultdict(list)
-    files.make_folder(out, "name another folder with --out")
+    command.make_folder(out, "name another folder with --out")
     drawn = write_charts(out, args.format, lines_of)
     for dataset, name in drawn:
         _, question, caption = CHARTS[name]
@@ -258,12 +257,12 @@ def plot(args):
     for dataset, lines in lines_of.items():
         tables = report.make_tables(dataset, lines) | {"runs": describe_runs(dataset, lines)}
         for name, table in tables.items():
-            files.write_whole(out / f"{dataset}-{name}.md", table)
+            command.write_whole(out / f"{dataset}-{name}.md", table)
             answers[dataset, TABLES.get(name, WHY)].append(to_html(table))
     comparisons = report.comparison_tables(lines_of, args.compare)
     if comparisons:
-        files.write_whole(out / "comparisons.md", comparisons)
-    files.write_whole(out / "index.html", make_page(lines_of, answers, comparisons))
+        command.write_whole(out / "comparisons.md", comparisons)
+    command.write_whole(out / "index.html", make_page(lines_of, answers, comparisons))
     print(f"{report.overview(lines_of, out)}\n{len(drawn)} charts and all tables: open {out / 'index.html'}")
 
 

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import numpy
 
-from command import UserError
-from files import (NAME, Damaged, check, check_count, execute_plugin, file_checksum, find_run_plugin, group_by,
-                   is_finite, json_checksum, keep_plugin, locked, make_folder, need, numbers, parse_csv, read_arrays,
-                   read_checkpoint, read_json, read_text, reading, write_arrays, write_checkpoint, write_csv, write_json,
-                   write_whole)
+from command import (NAME, Damaged, UserError, check, check_count, execute_plugin, file_checksum, find_run_plugin,
+                     group_by, is_finite, json_checksum, keep_plugin, locked, make_folder, need, numbers, parse_csv,
+                     read_arrays, read_checkpoint, read_json, read_text, reading, write_arrays, write_checkpoint,
+                     write_csv, write_json, write_whole)
 
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
 SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well

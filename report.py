@@ -16,8 +16,7 @@ from pathlib import Path
 import command
 import records
 import stats
-from command import UserError
-from files import parse_csv, read_text, reading, write_whole
+from command import UserError, parse_csv, read_text, reading, write_whole
 from stats import BASELINE, compare_lines, error_under, in_print, keep_runs, part_of, readable, test_accuracy
 
 VIT = f"`{BASELINE}`"

@@ -14,11 +14,13 @@ The optimizer sees two tensors in place of forty. A single model is a stack of o
 
 import contextlib
 import functools
+import numbers
 import os
 import shutil
 import sys
 import warnings
 
+import numpy
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -70,22 +72,28 @@ def count_tokens(settings):
 
 
 def measure_model(settings, backward=False):
-    """The model's parameters and the FLOPs of its forward pass for an image, or of its backward pass, too, without
-    memory or arithmetic.
+    """The model's parameters and, unless it cannot be called without memory, the FLOPs of its forward pass for an image
+    (of its backward pass, too).
 
     Raises:
-        UserError: if the sizes do not fit together.
+        UserError: if the sizes do not fit together, or a parameter cannot be one of a stack.
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        try:
-            model = make_model(settings)
-        except SizeError as error:
-            raise UserError(f"{settings['model']} on {settings['dataset']}: {error}") from None
-        logits = model(empty_images(settings, 1))
+    try:
+        model = make_model(settings)
+    except SizeError as error:
+        raise UserError(f"{settings['model']} on {settings['dataset']}: {error}") from None
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(f"{settings['model']}: the parameter {name} is {parameter.dtype}: make it float32")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UserError(f"{settings['model']}: a hook on the parameter {name} would not be called: leave it out")
+    facts = dict(parameters=sum(parameter.numel() for parameter in model.parameters()))
+    with contextlib.suppress(Exception), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        logits = make_model(settings)(empty_images(settings, 1))
         if backward:
             logits.sum().backward()
-    return dict(parameters=sum(parameter.numel() for parameter in model.parameters()),
-                flops_per_image=counter.get_total_flops())
+        facts["flops_per_image"] = counter.get_total_flops()
+    return facts
 
 
 # The models of many seeds.
@@ -194,20 +202,41 @@ def default_size(tokens, device):
 
 
 def find_obstacle(settings):
-    """Why models with these settings cannot be trained side by side, or None where they can.
+    """Why models with these settings cannot be trained side by side, or None where they can."""
+    if settings["amp"] == "float16":
+        return "they would share the scale of their float16 gradients"
+    models = [make_model(settings | dict(seed=seed)) for seed in (0, 1)]
+    if list(models[0].buffers()) or not all(parameter.requires_grad for parameter in models[0].parameters()):
+        return "they would share buffers or frozen parameters"
+    states = [plain_state(model) for model in models]
+    try:
+        StackedModel(models).train()(torch.zeros_like(empty_images(settings, 2, 2)))
+    except Exception as error:
+        return f"torch.vmap does not take this model: {first_line(error)}"
+    for other in (states[1], plain_state(models[0])):  # another seed's, and that after a step
+        for name in differing(states[0], other):
+            return f"they would share {name}"
 
-    Plain tensors that a module has drawn for itself are not found: those of the first seed serve all.
-    """
-    with torch.device("meta"):
-        models, images = [make_model(settings) for _ in range(2)], empty_images(settings, 2, 1)
-        if settings["amp"] == "float16":
-            return "they would share the scale of their float16 gradients"
-        if list(models[0].buffers()) or not all(parameter.requires_grad for parameter in models[0].parameters()):
-            return "they would share buffers or frozen parameters"
-        try:
-            StackedModel(models)(images)
-        except RuntimeError as error:
-            return f"torch.vmap does not take this model: {first_line(error)}"
+
+def plain_state(model):
+    """What the modules of a model have besides parameters and buffers, as texts: {name: repr}."""
+    return {f"{path}.{name}": repr(value.tolist() if hasattr(value, "tolist") else value)
+            for path, module in model.named_modules() for name, value in vars(module).items()
+            if name != "training" and isinstance(value, (torch.Tensor, numpy.ndarray, numbers.Number, str, list, dict))
+            and name not in vars(nn.Module())}
+
+
+def differing(state, other):
+    """The names of what two states do not have in common."""
+    return [name for name in {**state, **other} if state.get(name) != other.get(name)]
+
+
+def find_lost(model, loaded):
+    """The names of what a trained model has and its state dict has not, by the model that was loaded from it."""
+    kept = model.state_dict()
+    buffers = [{name: repr(buffer.tolist()) for name, buffer in either.named_buffers() if name not in kept}
+               for either in (model, loaded)]
+    return differing(*buffers) + differing(plain_state(model), plain_state(loaded))
 
 
 # Loss, accuracy and lambda.

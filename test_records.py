@@ -1,4 +1,4 @@
-"""Claims about records.py, files.py, gather.py and command.py: what is written reads the same from folders and tables,
+"""Claims about records.py, gather.py and command.py: what is written reads the same from folders and tables,
 nothing is lost on the way, damage is one line and a bug a traceback, and what a user can put right is said."""
 
 import contextlib
@@ -22,7 +22,6 @@ import pytest
 import torch
 
 import command
-import files
 import gather
 import records
 from command import UserError
@@ -358,7 +357,7 @@ def test_overwriting(tmp_path):
     before = sorted(tmp_path.rglob("*.*"))
     request = tmp_path, records.read_config(folders[0])[0], [0, 1], 2, True
     with contextlib.ExitStack() as locks:
-        with files.locked(folders[1]), pytest.raises(UserError, match="seed1 is in use"):
+        with command.locked(folders[1]), pytest.raises(UserError, match="seed1 is in use"):
             records.claim_stacks(locks, *request)
         locks.close()
         assert sorted(tmp_path.rglob("*.*")) == before
@@ -474,21 +473,21 @@ def test_locks(tmp_path, monkeypatch, capsys):
     killed process's partial files are cleaned up. Where there are no locks the work goes on, and that is said once."""
     taken = []
 
-    def flock(file, how, flock=files.fcntl.flock):
+    def flock(file, how, flock=command.fcntl.flock):
         flock(file, how)
         taken.append(file)
         if len(taken) == 1:
             (tmp_path / ".lock").unlink()
 
     (tmp_path / ".last.pt.1.partial").touch()
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    with files.locked(tmp_path):
+    monkeypatch.setattr(command.fcntl, "flock", flock)
+    with command.locked(tmp_path):
         assert len(taken) == 2 and taken[0].closed and names_in(tmp_path) == [".lock"]
-        with pytest.raises(UserError, match="in use by another process"), files.locked(tmp_path):
+        with pytest.raises(UserError, match="in use by another process"), command.locked(tmp_path):
             pass
     assert names_in(tmp_path) == []
-    monkeypatch.setattr(files.fcntl, "flock", fail(errno.ENOLCK))
-    with files.locked(tmp_path), files.locked(tmp_path):
+    monkeypatch.setattr(command.fcntl, "flock", fail(errno.ENOLCK))
+    with command.locked(tmp_path), command.locked(tmp_path):
         assert capsys.readouterr().err.count("cannot be locked (No locks available): start no second") == 1
     command.say_once.cache_clear()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
+import command
 import plot
 import records
 import report
@@ -92,7 +92,7 @@ def test_runs(place):
         settings = reference.settings | changed.get((place, dataset), {})
         assert stats.recipe_of(run) == stats.recipe_of(reference._replace(settings=settings))
         if run.settings["plugin"]:
-            assert RUNS / place in files.find_run_plugin(run.folder, run.settings["plugin"]).parents
+            assert RUNS / place in command.find_run_plugin(run.folder, run.settings["plugin"]).parents
 
 
 def leads_over_the_default(dataset, default, folders, seeds):
@@ -131,7 +131,7 @@ def test_trials_on_cifar10():
 
 def test_outputs_without_the_shared_part():
     """The errors beside those without what all images share are those on record, by a CPU in place of a GPU."""
-    _, rows = files.parse_csv((RUNS / "trials/checks/common.csv").read_text())
+    _, rows = command.parse_csv((RUNS / "trials/checks/common.csv").read_text())
     for row in rows:
         run = runs_of("reference", "controls")["cifar10", row["model"], int(row["seed"])]
         recorded = 100 * (1 - run.noise["gaussian_noise_fluctuation"][2])

@@ -305,6 +305,27 @@ def record_epoch(stacked, splits, settings, factor, losses, correct, start):
     for run in runs:
         records.write_metrics(run.folder, run.metrics)
         print_epoch(run, settings)
+    if epoch == 1:
+        load_best(runs, splits["val"], settings, stacked.net)
+
+
+def load_best(runs, split, settings, trained):
+    """The best models of runs as a StackedModel, by config.json and best.pt.
+
+    Raises:
+        UserError: if they have not the validation loss on record, as what was trained is not in the state dict.
+    """
+    net = stack.StackedModel([stack.load_model(run.folder, settings | dict(seed=run.seed)).to(split.labels.device)
+                              for run in runs])
+    for i, (run, (val_loss, _)) in enumerate(zip(runs, stack.evaluate(net, split, settings))):
+        # Validation is in float32 whatever --amp says, so that nothing but another order of sums may differ.
+        if not math.isclose(val_loss, run.best["val_loss"], rel_tol=1e-5):
+            lost = ", ".join(stack.find_lost(trained.models[0], net.models[i])) or "what it has"
+            raise UserError(
+                f"{run.folder}: best.pt gives a validation loss of {val_loss:.6f}, and the model that was trained had "
+                f"{run.best['val_loss']:.6f}: not in the state dict is {lost}; make it a persistent buffer "
+                "(register_buffer), and train with --overwrite")
+    return net
 
 
 def check_finite(run, what, value, where):
@@ -338,22 +359,19 @@ def plan_experiments(args, device, plugin):
         settings = resolve_settings(args, model, dataset, seeds[0], device, plugin)
         records.check_recordable(settings)
         facts = stack.measure_model(settings)
-        check_untrained(settings, device, args.analysis)
         size = choose_stack_size(settings, args.stack, len(seeds), device)
         experiments.append(Experiment(settings, facts | where, seeds, size))
     return experiments
 
 
-@torch.inference_mode()
-def check_untrained(settings, device, with_analysis):
-    """Raise a UserError unless the untrained model can be analysed, if so wanted, and its mean lambdas recorded."""
-    model = stack.make_model(settings).to(device).eval()
-    if with_analysis:
-        analysis.check_maps(model, settings["model"])
-    for value in model.mean_lambdas(stack.empty_images(settings, 2).zero_().to(device)):
-        if not records.is_finite(value.item()):
-            raise UserError(f"{settings['model']}: mean_lambda is {value.item()} before the first step: a record needs "
-                            "a finite number")
+def check_untrained(experiments, datasets, with_analysis):
+    """Raise a UserError unless the attention of each model is what it says, on two images of its data set."""
+    for settings, *_ in experiments:
+        split = datasets[settings["dataset"]]["val"]
+        model, images = stack.make_model(settings).to(split.labels.device).eval(), analysis.first_images(split, settings)
+        analysis.check_model(model, images, settings["model"], with_analysis)
+        if with_analysis:
+            analysis.choose_analyses(model, images)  # whose line is said before the training
 
 
 def choose_stack_size(settings, wanted, count, device):
@@ -419,11 +437,13 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
     """Test the best weights of the runs, analyse them if so wanted, write summary.json of each, and delete last.pt."""
     runs = [run for run in stacked.runs if records.run_state(run.folder) != "finished"]
     folders, split, count = [run.folder for run in runs], splits["test"], len(splits["train"].labels)
-    net = stack.StackedModel([stack.load_model(run.folder, settings | dict(seed=run.seed)).to(split.labels.device)
-                              for run in runs])
-    tests, start = stack.evaluate(net, split, settings), time.perf_counter()
-    if with_analysis:
-        analysis.analyse(folders, net, split, settings)
+    net = load_best(runs, splits["val"], settings, stacked.net)
+    tests, start, problem = stack.evaluate(net, split, settings), time.perf_counter(), None
+    try:
+        if with_analysis:
+            analysis.analyse(folders, net, split, settings)
+    except Exception as error:  # which takes nothing from what was trained and tested
+        problem = error
     analysis_seconds = (time.perf_counter() - start) / len(runs)
     for (seed, folder, metrics, best), (test_loss, test_accuracy) in zip(runs, tests):
         speeds = [row["images_per_second"] for row in metrics]
@@ -437,6 +457,11 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
             images_per_second=statistics.median(speeds)))
         print_result(folder)
     (stacked.runs[0].folder / "last.pt").unlink(missing_ok=True)
+    if problem or not with_analysis:
+        print(f"to analyse: python analysis.py{' --plugin FILE' * bool(problem and settings['plugin'])} "
+              f"{shlex.join(map(str, folders))}", flush=True)
+    if problem:
+        raise problem
 
 
 def print_result(folder, width=0):
@@ -471,6 +496,7 @@ def train_runs(args):
     unfinished = [experiment for experiment, stacks in zip(experiments, before) if stacks]
     datasets = {name: data.load_splits(name, args.data_dir, device)
                 for name in dict.fromkeys(experiment.settings["dataset"] for experiment in unfinished)}
+    machine.on_first_rank(check_untrained, unfinished, datasets, args.analysis)
     threads = machine.take_threads(args.threads, device) if unfinished else None
     for experiment in unfinished:
         settings, splits = experiment.settings, datasets[experiment.settings["dataset"]]

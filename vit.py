@@ -223,10 +223,8 @@ def offers(attn):
         mean_lambda     mean_lambda(x) or mean_lambda(): the mean weight of the second branch
         mean_lambda of tokens      it needs x
     """
-    owners = {name: next((owner for owner in type(attn).__mro__ if name in vars(owner)), object)
-              for name in ("attention_map", "branches")}
-    found = {name for name in (*owners, "mean_lambda") if hasattr(attn, name)}
-    if object in owners.values() or not issubclass(owners["branches"], owners["attention_map"]):
+    found = {name for name in ("attention_map", "branches", "mean_lambda") if hasattr(attn, name)}
+    if not issubclass(owner_of(attn, "branches"), owner_of(attn, "attention_map")):
         found.discard("branches")
     if "keep" in inspect.signature(attn.forward).parameters:
         found.add("keep")
@@ -234,6 +232,11 @@ def offers(attn):
                                       inspect.signature(attn.mean_lambda).parameters.values()):
         found.add("mean_lambda of tokens")
     return found
+
+
+def owner_of(attn, name):
+    """The class that a method of an attention is written in."""
+    return next((kind for kind in type(attn).__mro__ if name in vars(kind)), object)
 
 
 def doubled_diff_attention(dim, num_heads, **kwargs):

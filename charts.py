@@ -82,7 +82,8 @@ def what_is_shown(lines):
     """How seeds are shown, and which lines are the reference's: a note of a chart."""
     counts = {len(line.runs) for line in lines}
     seeds = f"of {max(counts)} seeds" if len(counts) == 1 else "over seeds"
-    text = f"mean {seeds} with its 95% interval" if max(counts) > 1 else "one seed a model"
+    text = f"mean {seeds}" if max(counts) > 1 else "one seed a model"
+    text += " with its 95% interval" if stats.half_interval(range(max(counts))) else ""
     return text + "; thin and muted: the reference" * any(not line.front for line in lines)
 
 
@@ -125,7 +126,7 @@ def with_legend(figure):
 
 def means_and_halves(line, values_of):
     """The means over a line's runs of the lists that `values_of` makes of them, and half their 95% intervals, nan where
-    there is a single run: two arrays."""
+    runs are too few: two arrays."""
     return numpy.array([(statistics.fmean(sample), stats.half_interval(sample))
                         for sample in zip(*map(values_of, line.runs))], float).T
 
@@ -134,7 +135,7 @@ def draw_mean(axes, places, line, values_of):
     """A curve of the means of a run's values, one a place; of several runs in front a band, their 95% intervals."""
     means, halves = means_and_halves(line, values_of)
     axes.plot(places, means, **line.style, label=line.label, markevery=max(1, len(means) // 10))
-    if line.front and len(line.runs) > 1:
+    if line.front and not numpy.isnan(halves).any():
         axes.fill_between(places, means - halves, means + halves, color=line.style["color"], alpha=0.15, linewidth=0)
 
 

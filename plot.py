@@ -37,7 +37,7 @@ ACCURATE, ROBUST, WHY, TRAINED = QUESTIONS
 CHARTS = {
     "parameters": (
         charts.draw_parameters, ACCURATE,
-        "A model is the more accurate the higher its mark stands, and the larger the further right it stands."),
+        "The higher a mark, the more accurate the model, and the further right, the larger the model."),
     "noise": (
         functools.partial(charts.draw_severities, "corruption", stats.plain_corruptions), ROBUST,
         "The lower a curve stays on its way to the right, the less the corruption harms the model."),
@@ -158,8 +158,8 @@ def make_page(lines_of, answers, comparisons):
     folders = html.escape(" and ".join(sorted({str(run.folder.parent) for run in runs})))
     names = {quote(dataset): html.escape(stats.in_print(dataset)) for dataset in lines_of}
     links = "".join(f'<a href="#{place}">{name}</a>' for place, name in names.items())
-    parts = [PAGE, f"<h1>What the runs show</h1>\n<p>Drawn from {len(runs)} finished runs in {folders}. Below each data "
-             f"set stand the flags of its runs, their program and their machine.</p>\n<nav>{links}</nav>"]
+    parts = [PAGE, f"<h1>What the runs show</h1>\n<p>Drawn from {len(runs)} finished runs in {folders}. Each data set "
+             f"ends with the flags, the program and the machine of its runs.</p>\n<nav>{links}</nav>"]
     if comparisons:
         parts += ["<h2>Models compared</h2>", to_html(comparisons)]
     for dataset, (place, name) in zip(lines_of, names.items()):

@@ -77,8 +77,8 @@ def by_block(rows, figures):
 
 
 def mean_of(heads, figure):
-    if all(figure in head for head in heads):
-        return sum(float(head[figure]) for head in heads) / len(heads)
+    values = [float(head[figure]) for head in heads if figure in head]
+    return sum(values) / len(heads) if len(values) == len(heads) else None
 
 
 def attention_of(rows):

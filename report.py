@@ -30,7 +30,7 @@ RESPONSE_NOTE = (
     "Self-attention has one branch, which is the sum. Noise to signal: the energy of the change that the corruption "
     "makes, by that of the clean outputs around their mean over images. Common share: the part of the change's energy "
     "that is the same in all images. Cosines: between the first branch and minus the second, of the changes and of the "
-    "clean outputs.")
+    "clean outputs. A third branch and those after it are in the sum alone.")
 
 
 # Figures of runs: of each its format, and a function of a run and perhaps a corruption.
@@ -94,7 +94,10 @@ def mean_cell(line, form, figure_of, interval=True):
 
 
 def difference_cell(found, digits=2):
-    return "{} ({} to {})".format(*(f"{found.mean + sign * found.half:+.{digits}f}" for sign in (0, -1, 1)))
+    """The mean difference and its interval, if it has one."""
+    ends = [found.mean + sign * found.half for sign in (-1, 1)] if found.half is not None else []
+    mean, *interval = (f"{value:+.{digits}f}" for value in (found.mean, *ends))
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
 def comparison_cells(found, digits=2):
@@ -347,6 +350,7 @@ def comparison_tables(lines_of, compared):
 SCREEN, WIDTH = 40, 100  # lines and characters
 OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
 OVERVIEW_PARTS = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
+FEW_SEEDS = "Fewer than six seeds decide nothing: with n seeds p is at least 2 / 2^n, 0.25 with 3, 0.03 with 6."
 
 
 def overview_rows(dataset, lines):
@@ -355,7 +359,9 @@ def overview_rows(dataset, lines):
     comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
     columns = {"seeds": seeds} | {
         figure: figure_column(lines, figure, interval=False) for figure in ("parameters", "val loss", "accuracy")}
-    columns[f"minus {BASELINE}, points"] = [comparison_cells(comparisons.get(label))[0] for label in model]
+    columns[f"minus {BASELINE}, points"] = [
+        difference_cell(comparisons[line.label]) if line.label in comparisons else stats.why_alone(line, lines)
+        for line in lines]
     for part, error in stats.part_errors(lines).items():
         columns[part] = [mean_cell(line, "{:.1f}%", error, interval=False) for line in lines]
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
@@ -371,6 +377,8 @@ def overview(lines_of, out):
     screen has room for; it holds one more line."""
     tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
     notes = [OVERVIEW_NOTE, *[OVERVIEW_PARTS] * any("fluctuation" in heading for heading, *_ in tables.values())]
+    counts = [found.count for lines in lines_of.values() for found in compare_lines(lines, test_accuracy).values()]
+    notes += [FEW_SEEDS] * (min(counts, default=6) < 6)
     for most in range(SCREEN, -1, -1):
         texts = []
         for dataset, (heading, *rows) in tables.items():

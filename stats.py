@@ -17,7 +17,8 @@ import records
 from command import UserError
 
 BASELINE = "vit"  # what every other model is compared with
-OF_A_MODEL = {"model", "plugin", "dim", "num_heads", "mlp_dim", "head_hidden_dim"}  # in these, models as such differ
+# In these, models as such differ, and runs on a GPU from those on a CPU.
+OF_A_MODEL = {"model", "plugin", "dim", "num_heads", "mlp_dim", "head_hidden_dim", "amp"}
 IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10",
             "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
@@ -44,8 +45,9 @@ def t_quantile(freedom):
 
 
 def half_interval(values):
-    """Half the 95% confidence interval of the mean by Student's t; None for a single value, or if one is nan."""
-    if len(values) < 2 or any(map(math.isnan, values)):
+    """Half the 95% confidence interval of the mean by Student's t; None of fewer than three values, for which it says
+    next to nothing, or if one is nan."""
+    if len(values) < 3 or any(map(math.isnan, values)):
         return None
     return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -79,8 +81,8 @@ def holm(p_values):
     return corrected
 
 
-# Of differences: their mean, half the mean's 95% interval, how many of how many are for the better, the p of the
-# sign-flip test, and the same corrected by Holm for all that are compared at once.
+# Of differences: their mean, half the mean's 95% interval or None, how many of how many are for the better, the p of
+# the sign-flip test, and the same corrected by Holm for all that are compared at once.
 Comparison = namedtuple("Comparison", "mean half better count p p_holm")
 
 
@@ -106,29 +108,28 @@ def settings_beside(settings, names):
                      if (value := records.setting_of(settings, name)) is not None)
 
 
-def settings_apart(line, rivals, baselines):
-    """The settings that set a line apart, as texts: those in which it differs from a rival, a line of the same model,
-    or from every line of `vit`, with which models are compared, though no model as such differs from another in it."""
+def settings_apart(line, others):
+    """The settings that set a line apart, as texts: those in which it differs from any of the others, where that is
+    a line of another model except for those in OF_A_MODEL."""
     def differs(name, other):
         return records.setting_of(line.settings, name) != records.setting_of(other.settings, name)
 
-    names = dict.fromkeys(name for other in [line, *rivals, *baselines] for name in other.settings if name != "seed")
-    return [f"{name} {line.settings.get(name, 0)}" for name in names
-            if any(differs(name, other) for other in rivals)
-            or baselines and name not in OF_A_MODEL and all(differs(name, other) for other in baselines)]
+    names = dict.fromkeys(name for other in [line, *others] for name in other.settings if name != "seed")
+    found = {name: line.settings.get(name, 0) for name in names if any(
+        differs(name, other) for other in others if other.model == line.model or name not in OF_A_MODEL)}
+    return [f"{name} {value}" for name, value in found.items() if value is not None]
 
 
 def label_lines(lines):
-    """Label each line of a chart by its model and by what sets it apart from others of that model: settings, folder."""
+    """Label each line of a chart by its model and by what sets it apart: settings and, from others of that model, the
+    folder. The reference is set apart from the reference alone, as it is compared with nothing else."""
     parts = {line.folder: line.folder.resolve().parts for line in lines}
     shared = len(os.path.commonprefix(list(parts.values())))
-    baselines = [line for line in lines if line.model == BASELINE]
     labelled = []
     for line in lines:
-        namesakes = [other for other in lines if other.model == line.model]
-        rivals = [other for other in namesakes if line.front or not other.front]
-        label, folder = ", ".join([line.model, *settings_apart(line, rivals, baselines)]), parts[line.folder][shared:]
-        if folder and len({other.folder for other in namesakes}) > 1:
+        beside = [other for other in lines if line.front or not other.front]
+        label, folder = ", ".join([line.model, *settings_apart(line, beside)]), parts[line.folder][shared:]
+        if folder and len({other.folder for other in lines if other.model == line.model}) > 1:
             label += f" ({'/'.join(folder)})"
         # No TeX in charts, no bars in tables, and still no two labels alike.
         label = re.sub(r"[^\w ,.:;/()+-]", lambda found: f"%{ord(found[0]):X}", label)
@@ -186,33 +187,46 @@ def arrange(own, reference=()):
 
 # Which are compared.
 
-def recipe_of(run):
+def recipe_of(run, *names):
     """The settings that two runs must share to be compared, the seed among them, as a frozenset of pairs: all but the
-    model, its sizes and the precision, which is another on a GPU than on a CPU where --amp is left out."""
-    return settings_beside(run.settings, {"model", "plugin", "amp", *records.MODEL_SETTINGS})
+    model, its sizes, those named, and the precision, which is another on a GPU than on a CPU where --amp is left out.
+    """
+    return settings_beside(run.settings, {"model", "plugin", "amp", *records.MODEL_SETTINGS, *names})
 
 
 def size_of(line):
     return settings_beside(line.settings, line.settings.keys() - records.MODEL_SETTINGS)
 
 
+def baselines_of(line, lines, baseline=BASELINE):
+    """The lines that a line may be compared with. The reference is not compared with one's own runs."""
+    return [other for other in lines if other.model == baseline and (line.front or not other.front)]
+
+
 def pair_with_baseline(line, lines, baseline=BASELINE):
     """Each run of a line with the baseline's run of the same recipe and seed, where there is one: [(run, baseline's)].
 
     All baselines are of one size, the most alike that makes two pairs; of several runs of a seed it is one of the
-    line's own folder, or else of the reference. The reference is not compared with one's own runs.
+    line's own folder, or else of the reference.
     """
     def distance(other):
         return len(size_of(line) ^ size_of(other)), other.folder != line.folder, other.front
 
-    baselines = [other for other in lines if other.model == baseline and (line.front or not other.front)]
     by_size = defaultdict(dict)
-    for other in sorted(baselines, key=distance):
+    for other in sorted(baselines_of(line, lines, baseline), key=distance):
         for run in other.runs:
             by_size[size_of(other)].setdefault(recipe_of(run), run)
     found = [[(run, others[recipe_of(run)]) for run in line.runs if recipe_of(run) in others]
              for others in by_size.values()]
     return max(found, key=lambda pairs: min(len(pairs), 2), default=[])
+
+
+def why_alone(line, lines):
+    """Why a line that shares no two seeds with `vit` is not compared with it, in at most 22 characters; "" of `vit`."""
+    recipes = {recipe_of(run, "seed") for run in runs_of(baselines_of(line, lines))}
+    if line.model == BASELINE:
+        return ""
+    return "no two seeds in common" if recipe_of(line.runs[0], "seed") in recipes else f"no {BASELINE} of this recipe"
 
 
 def paired_differences(lines, figure_of, compared=()):

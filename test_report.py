@@ -1,0 +1,541 @@
+"""Claims about stats.py, report.py, charts.py and plot.py, each against an independent computation: lines, statistics,
+tables, charts, the page and the command. Most runs are made up in memory."""
+
+import itertools
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections import defaultdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy
+import pytest
+from matplotlib.contour import ContourSet
+from matplotlib.text import Text
+
+import charts
+import plot
+import records
+import report
+import stats
+from command import UserError
+
+PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
+
+
+# Made-up runs, and what becomes of them.
+
+def make_run(model="vit", seed=0, folder="runs", loss=0.5, accuracy=0.98, parameters=33_034, errors={}, amount=0.1,
+             **settings):
+    """errors: {corruption: in percent at severities 1, 2, ...}, which are so many amounts."""
+    plain = dict(dataset="mnist", plugin=None, dim=32, lr=0.006, distractors=0)
+    return records.Run(**dict.fromkeys(records.Run._fields) | dict(
+        folder=Path(folder, f"{model}-{len(settings)}-seed{seed}"),
+        settings=dict(model=model, seed=seed) | plain | settings,
+        facts={}, summary=dict(parameters=parameters, val_loss=loss, test_loss=loss - 0.01, test_accuracy=accuracy),
+        noise={name: [1 - error / 100 for error in found] for name, found in errors.items()} or None,
+        amounts={name: [amount * (i + 1) for i in range(len(found))] for name, found in errors.items()}))
+
+
+def make_parts(model, errors, seeds=2, **options):
+    """Runs with errors [under each of PARTS], one point more at each further severity, and two in seed 0 of all but
+    `vit`."""
+    return [make_run(model, seed, errors={
+        name: [error + i + 2 * (seed == 0 and model != "vit") for i in range(5)] for name, error in zip(PARTS, errors)},
+        **options) for seed in range(seeds)]
+
+
+def attend(run, figures):
+    """The run with {condition: (irrelevant share, signal to noise)} in the last of two blocks."""
+    return run._replace(attention={condition: {
+        0: dict(uniform_share=0.4), 1: dict(uniform_share=0.4, irrelevant_share=share, signal_to_noise=ratio)}
+        for condition, (share, ratio) in figures.items()})
+
+
+def lines_of(own, reference=()):
+    return {line.label: line for line in stats.arrange(own, reference)["mnist"]}
+
+
+def tables_of(runs):
+    return report.make_tables("mnist", stats.arrange(runs)["mnist"])
+
+
+def rows_of(table):
+    """The rows of each table in a Markdown text, its headings first: lists of lists of cells."""
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines() if "|---" not in row]
+            for rows in re.findall(r"(?:^\|.*\n)+", table, re.MULTILINE)]
+
+
+# Which runs are shown and compared, and as which lines.
+
+def test_folders():
+    """Lines of several folders are told apart by them, whatever characters these have. The reference stands behind
+    one's own runs; of a data set that these lack it stands in front."""
+    def labels(*groups):
+        lines = lines_of(*([make_run(folder=folder) for folder in folders] for folders in groups))
+        return {label: line.front for label, line in lines.items()}
+
+    assert labels(["a"]) == labels([], ["a"]) == {"vit": True}
+    assert labels(["a"], ["a/reference"]) == {"vit": True, "vit (reference)": False}
+    assert labels(["a", "b"], ["a/reference"]) == {"vit (a)": True, "vit (b)": True, "vit (a/reference)": False}
+    assert labels(["c#", "c|"]) == {"vit (c%23)": True, "vit (c%7C)": True}  # in no chart and no Markdown table
+
+
+def test_seeds_alone_share_a_line():
+    """Runs of other settings are other lines, named after what differs between lines of a model; a setting that
+    is missing where it is 0 or null elsewhere splits none. A run that is there twice is an error."""
+    own = [make_run(seed=1), make_run(seed=0, flip=False, noise=0.0), make_run("vitbalanced", dim=48),
+           make_run("vitdiff", 10, lr=0.1), make_run("vitdiff", 2, lr=0.1), make_run("vitcosine", patch_size=4)]
+    assert {label: [run.settings["seed"] for run in line.runs] for label, line in lines_of(own).items()} == {
+        "vit": [0, 1], "vitbalanced": [0], "vitcosine, patch_size 4": [0], "vitdiff, lr 0.1": [2, 10]}
+    own += [make_run("vitdiff", lr=0.1, dim=48), make_run("vitbalanced", dim=48, flip=True)]
+    assert list(lines_of(own)) == ["vit", "vitbalanced, flip 0", "vitbalanced, flip True", "vitcosine, patch_size 4",
+                                   "vitdiff, dim 32, lr 0.1", "vitdiff, dim 48, lr 0.1"]
+    assert list(lines_of([make_run(lr=0.1)], [make_run(folder="ref")])) == ["vit, lr 0.1 (runs)", "vit (ref)"]
+    with pytest.raises(UserError, match="runs/vit-1-seed0 and runs/vit-0-seed0 have the same settings and seed"):
+        lines_of([make_run(distractors=0), make_run()])
+
+
+def test_nearest_baseline():
+    """`vit` of one's own folder serves before the reference's, seed by seed, but never one of another size beside it;
+    the size most alike that makes two pairs serves. The reference is compared with itself."""
+    own = [make_run("vitcosine", seed, dim=dim) for dim in (32, 48, 64) for seed in range(3)] + [
+        make_run("vit", seed, dim=dim) for dim, seed in [(32, 0), (32, 1), (48, 0), (48, 1), (64, 0)]]
+    lines = lines_of(own, [make_run(*run, "ref") for run in itertools.product(["vit", "vitwide"], (1, 2))]
+                     + [make_run("vitwide", 0, "ref")])
+    for name, dim, folders in [("vitcosine, dim 32", 32, "runs runs ref"), ("vitcosine, dim 48", 48, "runs runs"),
+                               ("vitcosine, dim 64", 32, "runs runs ref"), ("vitwide", 32, "ref ref")]:
+        pairs = stats.pair_with_baseline(lines[name], list(lines.values()))
+        assert " ".join(other.folder.parts[0] for _, other in pairs) == folders
+        assert all(other.settings == run.settings | dict(model="vit", dim=dim) for run, other in pairs)
+
+
+# Statistics.
+
+def test_intervals():
+    """Quantiles of t are those of the tables, and half an interval is a quantile of the mean's standard error."""
+    known = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 120: 1.9799}
+    assert {freedom: round(stats.t_quantile(freedom), 4) for freedom in known} == known
+    assert stats.half_interval([1, 2, 4, 9]) == pytest.approx(3.1824 * statistics.stdev([1, 2, 4, 9]) / 2, rel=1e-4)
+
+
+def test_p_values():
+    """p is the share of all choices of signs whose sum is as far from 0; of more than 40 values, of those drawn. By
+    Holm's correction the smallest p is multiplied by the number of tests, the next by one less, and none is less than
+    one before."""
+    assert stats.sign_flip_p([0.1] * 24) == 2 / 2**24 and 0 < stats.sign_flip_p([0.1] * 44) < 1e-9
+    for values in ([0.1] * 5, [0.0, 0.0], [0.3, -0.9, 1.1, 0.2, 0.8, -0.4, 1.7]):
+        signs = numpy.array([*itertools.product([-1, 1], repeat=len(values))])
+        assert stats.sign_flip_p(values) == numpy.mean(abs(signs @ values) >= abs(sum(values)) - 1e-12)
+    assert stats.holm(dict(a=0.01, b=0.04, c=0.03, d=0.005)) == pytest.approx(dict(a=0.03, b=0.06, c=0.06, d=0.02))
+
+
+def test_names_of_corruptions():
+    """A corruption is plain, or stands with its noise and the other parts of it, or beside them. Tables are made of
+    what runs have met, be it parts of a noise without the noise, or an offset alone."""
+    names = ["gaussian_noise_unclipped", *PARTS, "blur"]
+    assert stats.plain_corruptions(names) == ["gaussian_noise", "blur"]
+    assert stats.noise_parts(names) == [*PARTS[:3], "gaussian_noise_unclipped", "patch_offset"]
+    for met, written in [(PARTS[1:3], ["shift-table"]), (["patch_offset"], []), (["blur"], ["noise-table"])]:
+        assert list(tables_of([make_run(errors=dict.fromkeys(met, [30] * 5))]))[1:] == written
+
+
+# Tables.
+
+def test_result_table():
+    """The table has means, 95% intervals, none for one seed, the best of a column bold, and what is published where
+    model, data set and number of parameters are the same."""
+    runs = [make_run("vit", seed, loss=0.5 + 0.02 * seed, accuracy=0.98 + 0.001 * seed) for seed in range(3)]
+    runs += [make_run("vitbalanced"), make_run("vitdiff", loss=0.51, accuracy=0.981, parameters=37_290)]
+    half = f"{4.303 * 0.02 / math.sqrt(3):.4f}"  # Student's t with 2 degrees of freedom; the deviation of the losses
+    tables = tables_of(runs)
+    assert list(tables) == ["table"]  # of a single pair nothing more can be said
+    assert rows_of(tables["table"]) == [[
+        ["model", "parameters", "seeds", "validation loss", "test loss", "test accuracy", "published"],
+        ["vit", "33,034", "3", f"0.5200 ± {half}", f"0.5100 ± {half}", "**98.10%** ± 0.25%", "0.638, 0.626, 95.51%"],
+        ["vitbalanced", "33,034", "1", "**0.5000**", "**0.4900**", "98.00%", ""],
+        ["vitdiff", "37,290", "1", "0.5100", "0.5000", "**98.10%**", "0.624, 0.618, 95.75%"]]]
+
+
+def test_comparison_with_vit():
+    """A model is compared with `vit` of the same seed and recipe, whatever its size and precision, with Holm's p."""
+    runs = [make_run("vitdiff", 3), make_run("vitbalanced")]  # no partner; no interval of one pair
+    for seed, more in enumerate([0.001, 0.003, 0.004]):
+        runs += [make_run("vit", seed), make_run("vitdiff", seed, accuracy=0.98 + more),
+                 make_run("vitwide", seed, dim=48, amp="bfloat16"), make_run("vitshort", seed, epochs=3)]
+    mean, half = 0.8 / 3, 4.3027 * statistics.stdev([0.1, 0.3, 0.4]) / math.sqrt(3)
+    tables = tables_of(runs)
+    assert [row[:5] for row in rows_of(tables["paired-table"])[0]] == [
+        ["model", "test accuracy, points (95% interval)", "better in", "p", "p (Holm)"],
+        ["vitdiff", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})", "3 of 3", "0.25", "0.5"],
+        ["vitwide, amp bfloat16", "+0.00 (+0.00 to +0.00)", "0 of 3", "1", "1"]]
+    assert "+0.0000" in tables["paired-table"] and "| 3 of 3 | 0.5 |" in tables["table"]
+
+
+def test_tables_of_noise():
+    """Errors have intervals over seeds, and ratios to `vit` of the same seeds. What not all have met is left out."""
+    runs = [make_run(seed=seed, errors=dict(blur=[10, 20, 30, 40, 50 + 10 * seed], fog=[40] * 5, snow=[1] * 5))
+            for seed in range(2)]
+    runs += [make_run("vitdiff", errors=dict(blur=[10, 10, 20, 20, 40], fog=[60] * 5)), make_run("vitdiffv2")]
+    half = 12.706 * 0.01 / math.sqrt(2) / math.sqrt(2)  # of the mean errors 0.35 and 0.36
+    assert rows_of(tables_of(runs)["noise-table"]) == [[
+        ["model", "seeds", "blur", "fog", "mean"],
+        ["vit", "2", "31.0% (1.00)", "40.0% (1.00)", f"35.5% ± {half:.1%} (1.00)"],
+        ["vitdiff", "1", f"20.0% ({2 / 3:.2f})", "60.0% (1.50)", f"40.0% ({0.4 / 0.35:.2f})"]]]
+
+
+@pytest.mark.parametrize("seeds, bold", [(7, False), (8, True)])
+def test_tables_of_the_parts(seeds, bold):
+    """Noise, its shift alone and its fluctuation alone have tables of errors and of differences, by severity, too. A
+    cell is bold where p is below 0.05 by Holm for all."""
+    runs = make_parts("vit", [20, 10, 5, 6], seeds) + make_parts("vitdiff", [12, 4, 4.9, 9], seeds)
+    errors, paired, each, severities, differences = rows_of(tables_of(runs)["shift-table"])
+    assert errors[1] == ["vit", str(seeds), *(f"{value}.00% ± 0.00%" for value in (22, 12, 7, 8))]
+    extra, half = 2 / seeds, stats.t_quantile(seeds - 1) * 2 / seeds  # of seed 0 alone, so that it is the mean's error
+    cells = {shift: f"{shift + extra:+.2f} ({shift + extra - half:+.2f} to {shift + extra + half:+.2f})"
+             for shift in (-8, -6, -0.1, 3)}
+    assert paired[1][5:8] == [cells[-6], f"{seeds} of {seeds}", f"{2 / 2**seeds:.3g}"]
+    assert each[1][1:] == [f"**{cell}**" if bold and shift != -0.1 else cell for shift, cell in cells.items()]
+    assert severities[3] == ["gaussian noise shift", "vit", *(f"{10 + i}.00% ± 0.00%" for i in range(5))]
+    assert differences[2] == ["gaussian noise shift", "vitdiff", *[cells[-6]] * 5]
+
+
+def test_attention():
+    """The irrelevant share has its interval, its ratio and the seed-paired difference; a cell without a figure is
+    empty. Where hardly a patch is black, as in photographs, there is no table."""
+    runs = [attend(make_run(model, seed), dict(clean=(share, 2.5))) for model, shares in dict(
+        vit=[0.31, 0.33], vitdiff=[0.21, 0.27]).items() for seed, share in enumerate(shares)]
+    shares, paired = rows_of(tables_of([*runs, attend(make_run("vitnew"), dict(fog=(0.5, 1)))])["attention-table"])
+    assert shares[1:] == [["vit", "2", "32.0% ± 12.7% (2.50)", ""], ["vitdiff", "2", "24.0% ± 38.1% (2.50)", ""],
+                          ["vitnew", "1", "", "50.0% (1.00)"], ["uniform attention", "", *["40.0% (1.00)"] * 2]]
+    half = 12.7062 * 2  # the differences are -10 and -6
+    assert paired[1][:3] == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "2 of 2"]
+    runs[0].attention["clean"][0]["uniform_share"] = 0.0004
+    (table,) = tables_of(runs[:1]).values()
+    assert "**" not in table  # the only line is not the best
+
+
+def test_response():
+    """Each block has a table, of the models that have this block; self-attention has no figure of a second branch."""
+    runs = [make_run(model)._replace(response=dict(blur_3={block: dict.fromkeys(records.RESPONSE_FIGURES) | dict(
+        noise_to_signal=0.032, common_share=0.5, signal_cosine=-0.25)})) for model, block in (("vit", 0), ("deep", 1))]
+    assert [rows[1:] for rows in rows_of(tables_of(runs)["response-table"])] == [
+        [[model, "blur, severity 3", "", "", "0.032", "", "", "50.0%", "", "-0.25"]] for model in ("vit", "deep")]
+
+
+def test_amounts_never_mix():
+    """Figures under corruptions of other amounts than the first run's are left out; attention on clean images and on
+    canvases as in training stays."""
+    tables = tables_of([attend(make_run(model, errors=dict(blur=[10] * 5), amount=amount), dict.fromkeys(
+        ["clean", "4_distractors", "blur_3"], (0.3, 2))) for model, amount in (("vit", 0.1), ("vitother", 0.2))])
+    assert [row[0] for row in rows_of(tables["noise-table"])[0]] == ["model", "vit"]
+    assert rows_of(tables["attention-table"])[0][2][2:] == ["30.0% (2.00)", "30.0% (2.00)", ""]
+
+
+def test_compare():
+    """Pairs of models are compared by seed in accuracy, then in the error under both parts of Gaussian noise, where
+    there is noise on record, each p corrected by the number of rows of its table."""
+    runs = [make_run(model, seed, dataset="kmnist") for model in ("vit", "vitdiff") for seed in range(2)]
+    for model, errors in [("vit", [20, 12, 10]), ("vitdiff", [8, 9, 3]), ("vitdiffv2", [6, 12, 3])]:
+        runs += make_parts(model, errors, seeds=7, accuracy=0.9 + 0.01 * len(model))
+    pairs = [("vitdiff", "vit"), ("vitdiffv2", "vitdiff")]
+    accuracy, error = rows_of(report.comparison_tables(stats.arrange(runs), pairs))
+    assert [row[0] for row in accuracy[1:]] == ["KMNIST", "MNIST", "MNIST"]
+    assert accuracy[2][1:] == ["vitdiff - vit", "+4.00 (+4.00 to +4.00)", "7 of 7", "0.0156", "0.0469"]  # 3 p
+    assert [[row[2], row[3].split()[0], row[6]] for row in error[1:]] == [
+        ["shift", f"{-3 + 2 / 7:.2f}", "0.0625"], ["fluctuation", f"{-7 + 2 / 7:.2f}", "0.0625"],  # 4 times 2 / 2^7
+        ["shift", "+3.00", "0.0625"], ["fluctuation", "+0.00", "1"]]
+
+
+# What is printed.
+
+def test_what_is_printed():
+    """A table a data set with the figures of the records, in lines of at most 100 characters; with the errors under the
+    parts of Gaussian noise where these are on record."""
+    runs = make_parts("vitwith" + 5 * "averylongname", [8, 4, 3], seeds=1, dataset="kmnist") + [
+        make_run(model, seed, loss=0.505) for model in ("vit", "vitdiff") for seed in range(2)]
+    text = report.overview(stats.arrange(runs), Path("out"))
+    first, second, *_, last, _, _, note = [re.split("  +", line) for line in text.splitlines()]
+    assert first[-2:] + second[-2:] == ["shift", "fluctuation", "8.0%", "7.0%"] and "fluctuation" in note[0]
+    assert last == ["vitdiff", "2", "33,034", "0.5050", "98.00%", "+0.00 (+0.00 to +0.00)"]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("datasets, models", [(3, 14), (1, 60), (30, 2)])
+def test_a_screen(datasets, models):
+    """However many lines there are, 40 are printed at most, all of them where they fit; what is left out is said."""
+    runs = [make_run(f"model{i}", dataset=f"data{j}") for i in range(models) for j in range(datasets)]
+    text = report.overview(stats.arrange(runs), Path("out")).splitlines()
+    left = sum(int(line.split()[1]) for line in text if line.startswith("... "))
+    assert len(text) + 1 <= 40 and sum(line.startswith("model") for line in text) + left == datasets * models
+    assert (left > 0) == (datasets * (models + 2) + 3 > 40)
+
+
+# Charts.
+
+def analyse(run, losses=(0.9, 0.7, 0.6, 0.5), lambdas=(), share=0.2, negative=0.0, branches=(0.4, None, 0.4), blocks=2,
+            uniform=0.4):
+    """The run with a validation loss an epoch, a lambda a block, attention, response and maps."""
+    images, maps = numpy.zeros((8, 1, 28, 28), numpy.uint8), numpy.full((8, 2, 4, 4), share)
+    images[:, :, 4:10, 18:24] = 255
+    maps[0, 0, 1, 2] = -3 * share
+    return run._replace(
+        metrics=dict(epoch=range(1, len(losses) + 1), val_loss=losses, val_accuracy=[1 - loss / 10 for loss in losses])
+        | {f"lambda_{block}": [lam] * len(losses) for block, lam in enumerate(lambdas)},
+        attention={condition: {block: {"uniform_share": uniform, "irrelevant_share": share + 0.1 * block, "entropy": 2,
+                                       "negative_share": negative, "lambda": 0.2} for block in range(blocks)}
+                   for condition in ("clean", f"{blocks}_distractors")},
+        response={f"{part}_3": {block: {name: branch and branch + block for name, branch in zip(
+            charts.BRANCHES, branches)} for block in range(2)} for part in stats.GAUSSIAN_PARTS},
+        maps=(images, maps))
+
+
+def style(runs):
+    return charts.style_lines(stats.arrange(runs)["mnist"], sorted({run.settings["model"] for run in runs}))
+
+
+def draw(runs):
+    """{name: figure} of all charts that have something to show."""
+    lines = style(runs)
+    with charts.house_style():
+        return {name: figure for name, (make, *_) in plot.CHARTS.items() if (figure := make("mnist", lines))}
+
+
+def marks(axes):
+    """Of each error bar, in the order drawn: where its middle is, and its ends if it has an interval."""
+    return [(bar.lines[0].get_xydata()[0], *(segments.get_segments()[0] for segments in bar.lines[2]))
+            for bar in axes.containers]
+
+
+def test_styles():
+    """However many lines a chart has, and a reference behind them, muted, each has a style of its own, and a model of
+    the project the same colour whatever it is shown with, which no other model has."""
+    names = ["vit", "vitdiff", *(f"model{i}" for i in range(10))]
+    own, reference = ([make_run(name, 0, folder, lr=rate) for name in names for rate in range(5)] for folder in "ab")
+    lines = charts.style_lines(stats.arrange(own, reference)["mnist"], sorted(names))
+    assert len(lines) == len({str(line.style) for line in lines}) == 120
+    for line in lines:
+        assert (line.style["color"] in charts.COLORS.values()) == (line.model in charts.COLORS)
+        assert charts.COLORS.get(line.model, line.style["color"]) == line.style["color"]
+        assert (line.style["alpha"] == 1) == line.front
+
+
+def test_curves():
+    """A drawn line is the mean of the records after a quarter of the epochs, its band the 95% interval, and its end is
+    named; the panels of lambda share one scale. The mark of a model's accuracy has an interval if it has seeds."""
+    runs = [analyse(make_run(seed=seed, accuracy=0.98 - 0.01 * seed), losses)
+            for seed, losses in enumerate([(5.0, 0.9, 0.7, 0.6), (4.0, 0.8, 0.7, 0.5)])]
+    runs.append(analyse(make_run("vitdiff"), (3, 0.7, 0.6, 0.55), (0.2, 0.35)))
+    figures, half = draw(runs), 12.7062 * 0.05  # Student's t, 1 degree of freedom, of two values 0.1 apart
+    (axes,) = figures["val-loss"].axes
+    (band,) = axes.collections
+    assert axes.lines[0].get_xydata() == pytest.approx(numpy.array([(2, 0.85), (3, 0.7), (4, 0.55)]))
+    assert band.get_datalim(axes.transData).extents == pytest.approx([2, 0.55 - half, 4, 0.85 + half], abs=1e-4)
+    assert [text.get_text() for text in axes.texts if text.get_text()] == [
+        "vit (2 seeds) 0.550", "vitdiff (1 seed) 0.550"]
+    for axes, lam in zip(figures["lambda"].axes, (0.2, 0.35), strict=True):
+        assert axes.lines[0].get_ydata().tolist() == [lam] * 4
+        assert axes.get_ylim() == pytest.approx((0.2 - 0.0075, 0.35 + 0.0075))
+    (_, ends), one = marks(figures["parameters"].axes[0])
+    assert ends[:, 1] == pytest.approx([0.975 - half / 10, 0.975 + half / 10], abs=1e-5) and len(one) == 1
+
+
+def test_charts_of_shares():
+    """Errors by severity and attention by block are means with intervals, on a scale from 0 to 100% though an interval
+    is wider. Other corruptions, conditions and blocks stand side by side."""
+    runs = [analyse(make_run(seed=seed, errors=dict(blur=[10, 20, 30, 40, 50 + 10 * seed])), share=0.2 + 0.2 * seed)
+            for seed in range(2)] + [analyse(make_run("vitdiff", errors=dict(blur=[10] * 5)))]
+    figures = draw(runs)
+    (axes,) = figures["noise"].axes
+    assert axes.lines[0].get_ydata() == pytest.approx([0.02, 0.1, 0.2, 0.3, 0.4, 0.55])  # 0: clean
+    assert axes.collections[0].get_datalim(axes.transData).y1 > 1.1 and axes.get_ylim() == (0, 1)
+    for block, axes in enumerate(figures["relevance"].axes):
+        (middle, ends), _ = marks(axes)
+        assert (middle[1], numpy.ptp(ends)) == pytest.approx((0.3 + 0.1 * block, 2 * 12.7062 * 0.1), rel=1e-4)
+        assert axes.get_ylim() == (0, 1)
+    figures = draw([*runs, analyse(make_run("vitother", errors=dict(fog=[1])), blocks=3)])
+    assert "noise" not in figures and len(figures["blocks"].axes) == 9
+    assert "relevance" not in draw([analyse(make_run(), uniform=0.0004)])  # as of photographs, which are hardly black
+
+
+def test_maps():
+    """Each head has a map, all on one scale, in the order of the patches, with the outline of the object; of other
+    images, as of other canvases, there is none."""
+    runs = [analyse(make_run()), analyse(make_run("vitdiff"), share=0.3), analyse(make_run("vitother"))]
+    runs[2].maps[0][:] += 1
+    (axes,) = draw(runs)["maps"].axes
+    shown = [image for image in axes.images if image.get_cmap().name == "RdBu_r"]
+    assert numpy.ptp([image.get_clim() for image in shown], 0).tolist() == [0, 0]
+    assert [image.get_array()[0, 0] for image in shown] == [0.2] * 8 + [0.3] * 8  # lines, images, heads
+    assert [numpy.argwhere(image.get_array() < 0).tolist() for image in shown] == 2 * [[[1, 2]], *[[]] * 7]
+    left, _, _, top = shown[0].get_extent()
+    squares = [path.vertices.mean(0) - (left, top) for found in axes.collections if isinstance(found, ContourSet)
+               for path in found.get_paths()]
+    assert len(squares) == 16 and squares[0] == pytest.approx([0.75, 0.25], abs=0.03)  # the image's, upper right
+
+
+def test_rows():
+    """Errors stand in rows from 0, below the family that the records show, the largest of a family first: a model whose
+    maps have negative weights subtracts. The response of each branch stands above and below that of both, which
+    self-attention has alone; both with intervals. No mark lies beyond the scale."""
+    two = dict(branches=(0.6, 0.5, 0.1), lambdas=(0.5,))
+    figures = draw([analyse(run, **options) for model, errors, options in [
+        ("vit", [20, 50, 5], {}), ("vitcosine", [30, 9, 5], {}), ("vitdiff", [12, 4, 5], two | dict(negative=0.1)),
+        ("vitsum", [19, 9, 5], two), ("vitcentered", [13, 4, 5], two | dict(negative=0.1))]
+        for run in make_parts(model, errors)])
+    assert [label.get_text() for label in figures["shift"].axes[0].get_yticklabels()] == [
+        "Self-attention", "vitcosine", "vit", "Subtracting", "vitcentered", "vitdiff", "Adding in place of subtracting",
+        "vitsum"]
+    for axes, mean in zip(figures["shift"].axes, (0.15, 0.07, 0.08), strict=True):
+        _, ends = marks(axes)[3]
+        assert ends == pytest.approx(numpy.array([(mean - 0.127062, 5), (mean + 0.127062, 5)]), abs=1e-5)
+        assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= axes.dataLim.x1
+    found = {(round(height, 2), round(mean, 2)) for (mean, height), _ in marks(figures["response"].axes[1])}
+    assert {(4.73, 1.6), (5.27, 1.5), (5, 1.1), (1, 1.4), (2, 1.4)} <= found and len(found) == 3 * 3 + 2
+
+
+def test_texts_do_not_overlap():
+    """No text of a chart stands on another or outside the figure, however many lines end within a hair's breadth."""
+    figures = draw([analyse(run, [0.9 - 0.018 * j + 0.0001 * i for j in range(20)], (0.5, 0.6), branches=(4, 5, 1))
+                    for i in range(15) for run in make_parts(f"vitofalongername{i}" * (i > 0) or "vit", [9, 9, 9], 1)])
+    assert figures.keys() == plot.CHARTS.keys()
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts()),
+                 *(text for axes in figure.axes for text in (*axes.texts, axes.title))]
+        boxes = [Text.get_window_extent(text) for text in texts if text.get_text()]
+        boxes += [box for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+                  if axes.axison and (box := axis.get_tightbbox())]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), name
+        edges = numpy.array([box.extents for box in boxes])
+        assert edges.min() >= 0 and (edges[:, 2:] <= figure.bbox.size).all(), name
+
+
+# The page and the command.
+
+class Page(HTMLParser):
+    """The tags that are open in a page, its attributes, and the texts in each tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.texts = [""], [], defaultdict(list)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += attributes
+        self.open += [tag] * (tag not in ("meta", "img", "source"))
+
+    def handle_endtag(self, tag):
+        assert tag == self.open.pop()
+
+    def handle_data(self, text):
+        self.texts[self.open[-1]].append(text)
+
+
+def test_page(tmp_path, monkeypatch):
+    """index.html is well-formed, without scripts and network, and shows each chart with a caption of one sentence and
+    each table with all its cells, below the question that it answers; what records say is text, never markup."""
+    runs = [run._replace(facts=dict(device_name="<script>")) for model in ("vit", "vitdiff")
+            for run in make_parts(model, [9] * 4)]
+    monkeypatch.setattr(records, "find_runs", lambda *folders: (runs * len(folders), []))
+    monkeypatch.setattr(plot, "write_charts", lambda *_: [("mnist", name) for name in plot.CHARTS])
+    for file_format, times in [("png", 2), ("pdf", 1)]:
+        assert plot.main([str(tmp_path), "--format", file_format, "--compare", "vitdiff", "vit"]) == 0
+        page = Page((tmp_path / "report/index.html").read_text())
+        assert page.open == [""] and "script" not in page.texts and "url(" not in page.texts["style"][0]
+        links = [value for name, value in page.attributes if name in ("href", "src")]
+        assert links == ["#mnist", *(f"mnist-{name}.{file_format}" for name in plot.CHARTS for _ in range(times))]
+    assert page.texts["figcaption"] == [caption for _, _, caption in plot.CHARTS.values()]
+    assert all(caption.find(".") == len(caption) - 1 for caption in page.texts["figcaption"])
+    assert page.texts["h3"] == plot.QUESTIONS and "<script>" in "".join(page.texts["p"])
+    shown = "".join(text for tag in ("th", "td", "b", "code") for text in page.texts[tag])
+    tables = [table for path in tmp_path.rglob("*.md") for table in rows_of(path.read_text())]
+    assert len(tables) > 9 and all(part in shown for rows in tables for row in rows for cell in row
+                                   for part in re.split("[*`]+", cell))
+
+
+def write_run(folder, model="vit", seed=0, **settings):
+    folder.mkdir(parents=True)
+    records.write_json(folder / "config.json", dict(facts={}, settings=dict(
+        model=model, dataset="mnist", seed=seed, epochs=1) | settings))
+    records.write_metrics(folder, [dict(epoch=1, val_loss=0.5, val_accuracy=0.9)])
+    records.write_json(folder / "summary.json", dict(parameters=9, val_loss=0.5, test_loss=0.5, test_accuracy=0.9))
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """It names what it skips, but not its own report, needs neither torch nor data, and writes the same bytes whatever
+    the user's matplotlibrc and MPLBACKEND say. The reference is drawn, too, and no deeper folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("vit", "reference/vitdiff", "other/deeper/vitdiff", "cut"):
+        write_run(Path("runs", name), Path(name).name)
+    Path("runs/cut/metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
+    Path("matplotlibrc").write_text("text.usetex: True\nsavefig.bbox: tight\naxes.facecolor: black\nfont.size: 20\n")
+    code = "import sys\nsys.modules.update(torch=None, torchvision=None)\nimport plot\nsys.exit(plot.main(['runs']))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(
+        MPLBACKEND="inline", PYTHONPATH=str(Path(plot.__file__).parent)))
+    hostile = {path.name: path.read_bytes() for path in Path("runs/report").iterdir()}
+    assert plot.main(["runs"]) == 0 and capsys.readouterr() == (process.stdout, process.stderr)
+    assert hostile == {path.name: path.read_bytes() for path in Path("runs/report").iterdir()} and len(hostile) == 6
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("skipped ") and "runs/cut/metrics.csv" in line
+    assert process.stdout.endswith("\n3 charts and all tables: open runs/report/index.html\n")
+
+
+def test_flags(tmp_path, monkeypatch, capsys):
+    """--seed and --dataset show the runs named alone, of the reference too, and --no-reference none of these; what is
+    left out and what cannot be compared is said."""
+    monkeypatch.setattr(plot, "CHARTS", {})
+    write_run(tmp_path / "k", dataset="kmnist")
+    for seed in range(2):
+        write_run(tmp_path / f"d{seed}", "vitdiff", seed)
+        write_run(tmp_path / f"reference/v{seed}", "vit", seed)
+    for flags, rows in [(["--seed", "1"], [["vitdiff", "1"], ["vit", "1"]]), (["--no-reference"], [["vitdiff", "2"]]),
+                        (["--dataset", "mnist"], [["vitdiff", "2"], ["vit", "2"]])]:
+        assert plot.main([str(tmp_path), *flags]) == 0
+        ((_, *found),) = rows_of((tmp_path / "report/mnist-table.md").read_text())
+        assert [row[:3:2] for row in found] == rows
+    assert capsys.readouterr().err == ""
+    runs = [make_run(errors=dict(blur=[1])), make_run("vitdiff", errors=dict(blur=[1]), amount=0.2)]
+    monkeypatch.setattr(records, "find_runs", lambda *folders: (runs * len(folders), []))
+    assert plot.main([str(tmp_path), "--no-reference", "--compare", "vitdiff", "vit"]) == 0
+    left_out, not_compared = capsys.readouterr().err.splitlines()
+    assert "what 1 runs did under noise" in left_out and "vitdiff and vit, which share no two" in not_compared
+
+
+def test_no_further_process(tmp_path, monkeypatch):
+    """Where none can be started, or one is killed, the charts are drawn by this one."""
+    def kill(dataset, lines, parent=os.getpid()):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return charts.draw_validation("loss", "{}".format, dataset, lines)
+
+    monkeypatch.setattr(plot, "CHARTS", {"val-loss": (kill, plot.TRAINED, "")})
+    for _ in range(2):
+        assert plot.write_charts(tmp_path, "svg", {"mnist": style([analyse(make_run())])}) == [("mnist", "val-loss")]
+        monkeypatch.setattr(plot, "ProcessPoolExecutor", lambda: open("/nowhere/shm"))
+        xml.etree.ElementTree.parse(tmp_path / "mnist-val-loss.svg")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"), (["runs", "runs/vit"], "is a run"),
+    (["runs", "--out", "table"], "mnist-table.md"), (["runs", "--compare", "vti", "vit"], "did you mean vit?"),
+    (["runs", "--compare", "vit", "vit"], "--compare: vit vit"),
+    (["runs", *["--compare", "vit", "vitdiff"] * 2], "compared twice"),
+    (["runs", "--seed", "4"], "no finished run of these seeds"), (["runs", "--dataset", "cifar10"], "data sets")])
+def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):
+    """What the user can put right is said in one line, and the exit status is 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "CHARTS", {})
+    for folder in ("empty", "table/mnist-table.md"):
+        Path(folder).mkdir(parents=True)
+    Path("file").touch()
+    write_run(Path("runs/vit"))
+    assert pytest.raises(SystemExit, lambda: sys.exit(plot.main(flags))).value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plot.py: error: ") and said in line

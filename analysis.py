@@ -4,6 +4,11 @@
 
 tests the run's best weights again, prints the figures beside those recorded, and writes the files of ANALYSES; train.py
 does so at the end of each run. The model is made from config.json, and from the plugin that is kept beside the run.
+
+    python analysis.py runs/mnist-vitdiff-seed0 --predict *.png
+    model, prepare, classes = analysis.load_run("runs/mnist-vitdiff-seed0")
+
+classify pictures: the command prints of each its class, the probability and the second choice.
 """
 
 import itertools
@@ -20,11 +25,13 @@ import command
 import corruptions
 import data
 import machine
+import pictures
+import plugins
 import records
 import stack
 from command import UserError
 from diff_attention import merge_heads
-from vit import MODELS, ViT, offers, owner_of
+from vit import MODELS, ViT, build_model, offers, owner_of
 
 
 # What the class token attends to.
@@ -283,20 +290,73 @@ def first_images(split, settings):
     return images[:2]
 
 
+# A trained model in use.
+
+def load_run(folder):
+    """The model of a run with its best weights, in eval mode on the CPU, what makes its input, and its classes' names.
+
+        model, prepare, classes = load_run("runs/mnist-vitdiff-seed0")
+        logits = model(prepare(PIL.Image.open("seven.png")))                    # (1, 10)
+
+    prepare takes a PIL image or an array, uint8 (H, W), (H, W, C), (B, H, W) or (B, H, W, C), and returns normalised
+    images (B, C, H, W), resized as those of training. The data need not be there.
+    """
+    folder = Path(folder)
+    settings, facts = records.read_config(folder)
+    plugins.execute_plugins(plugins.keep_plugins(folder.parent, settings.get("plugin")))
+    command.check_name("model", settings["model"], MODELS)
+    if "class_names" not in facts:  # of a record that is older than these facts
+        command.check_name("data set", settings["dataset"], data.DATASETS)
+        data.complete_row(settings["dataset"], Path("data"))
+        facts |= data.facts_of(settings["dataset"])
+    with records.reading(folder / "config.json", KeyError):
+        known, names = settings | facts, ["image_size", "in_channels", "num_classes", *records.MODEL_SETTINGS]
+        sizes, classes = {name: known[name] for name in names}, known["class_names"]
+        mean, std = (torch.tensor(known[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    model, weights = build_model(settings["model"], **sizes), records.read_checkpoint(folder / "best.pt")
+    with records.reading(folder / "best.pt", RuntimeError):
+        model.load_state_dict(weights)
+
+    def prepare(images):
+        side, channels = sizes["image_size"], sizes["in_channels"]
+        pixels = torch.from_numpy(pictures.to_batch(images, side, "L" if channels == 1 else "RGB"))
+        return (pixels.view(-1, side, side, channels).permute(0, 3, 1, 2) / 255 - mean) / std
+
+    return model.eval(), prepare, classes
+
+
+@torch.no_grad()
+def predict(folder, files):
+    """Print a line for each picture: the file, its class, the probability and the second choice."""
+    model, prepare, classes = load_run(folder)
+    for path in files:
+        with pictures.opened(path) as picture:
+            images = prepare(picture)
+        (first, second), labels = model(images).softmax(1)[0].topk(2)
+        best, next_best = (classes[label] for label in labels)
+        print(f"{path}  {best}  {first:.1%}  (or {next_best}  {second:.1%})", flush=True)
+
+
 # The command.
 
-def analyse_run(folder, device, data_dir, plugin=None):
-    """Test a finished run again, print the figures beside those recorded, and write its analysis. `plugin` replaces the
-    one that the run was trained with, and is a fact of the run from then on."""
+def analyse_run(folder, device, data_dir, mended=(), data_path=None):
+    """Test a finished run again, print the figures beside those recorded, and write its analysis. `mended`: plugins in
+    place of those that the run was trained with, a fact of the run from then on. `data_path`: where data of one's own
+    lie, if not where they were."""
     settings, facts = records.read_config(folder)
     summary = records.read_summary(folder)
-    if plugin or settings.get("plugin"):
-        executed = records.execute_plugin(plugin or records.find_run_plugin(folder, settings["plugin"]))
+    executed = plugins.execute_plugins(mended or plugins.keep_plugins(folder.parent, settings.get("plugin")))
     command.check_name("model", settings["model"], MODELS)
+    if "data_path" in facts:
+        data.add_path(data_path or facts["data_path"], settings.get("image_size"), settings["dataset"])
     command.check_name("data set", settings["dataset"], data.DATASETS)
     with records.reading(folder / "config.json"):
         records.check({*records.MODEL_SETTINGS, "label_smoothing"} <= settings.keys(), "a setting is missing")
     data.complete_row(settings["dataset"], data_dir)
+    found = data.DATASETS[settings["dataset"]].get("identity", {}).get("data")
+    if settings.get("data") not in (None, found):
+        raise UserError(f"{folder} was trained on other data: they are {found} now, and were {settings['data']}: put "
+                        "those back, or say by --dataset where they are")
     model = stack.load_model(folder, settings).to(device)
     net, split = stack.StackedModel([model]), data.load_splits(settings["dataset"], data_dir, device)["test"]
     check_model(model.eval(), first_images(split, settings), settings["model"])
@@ -304,7 +364,7 @@ def analyse_run(folder, device, data_dir, plugin=None):
     for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
         print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
     names = analyse([folder], net, split, settings)
-    if plugin:
+    if mended:
         records.write_json(folder / "config.json", dict(settings=settings, facts=facts | dict(analysed_by=executed)))
     records.write_summary(folder, summary)
     print(f"{', '.join(names)} written into {folder}", flush=True)
@@ -312,13 +372,17 @@ def analyse_run(folder, device, data_dir, plugin=None):
 
 @machine.enough_memory()
 def analyse_runs(args):
+    if args.predict:
+        if len(args.runs) > 1:
+            raise UserError("argument --predict: name one run")
+        return predict(args.runs[0], args.predict)
     if len({records.read_config(folder)[0].get("plugin") for folder in args.runs}) > 1:
         raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
     device = machine.pick_device(args.device)
     machine.take_threads(args.threads, device)
     for folder in args.runs:
         with records.locked(folder):  # which gather would else move away meanwhile
-            analyse_run(folder, device, args.data_dir, args.plugin)
+            analyse_run(folder, device, args.data_dir, args.plugin, args.dataset)
 
 
 def add_place_flags(parser):
@@ -333,8 +397,12 @@ def add_place_flags(parser):
 def parse_flags(argv):
     parser = command.Parser("analysis.py", __doc__)
     parser.add_argument("runs", nargs="+", type=command.usable_folder, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--plugin", type=command.usable_path, metavar="FILE",
-                        help="in place of the plugin that is kept beside the runs, as when its attention_map was mended")
+    parser.add_argument("--plugin", **plugins.FLAG, nargs=1,
+                        help="in place of the plugin that is kept beside the runs, as when its attention_map was "
+                             "mended; of several each has the flag")
+    parser.add_argument("--predict", nargs="+", type=command.usable_path, metavar="FILE",
+                        help="classify these pictures, and do nothing else")
+    parser.add_argument("--dataset", metavar="PATH", help="where data of one's own lie, if they were moved")
     add_place_flags(parser)
     return parser.parse_args(argv)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import command
 import data
 import machine
+import plugins
 import records
 import stack
 import train
@@ -195,7 +196,7 @@ def run_benchmark(args):
     if machine.started_by_torchrun():
         raise UserError("benchmark.py takes one process: leave out torchrun")
     args.analysis = False  # so that an attention need not have what the analysis needs
-    plugin = records.execute_plugin(args.plugin) if args.plugin else None
+    plugin = plugins.execute_plugins(args.plugin)
     train.check_flags(args)
     device = machine.pick_device(args.device)
     experiments = train.plan_experiments(args, device, plugin)

@@ -3,9 +3,9 @@ show. plot.py writes them; there stands how each is read."""
 
 import functools
 import itertools
-import math
 import os
-import statistics
+from math import ceil
+from statistics import fmean
 
 os.environ["MPLBACKEND"] = "agg"  # one that a notebook set may not be installed here, and matplotlib refuses that
 import matplotlib.style
@@ -20,8 +20,8 @@ from stats import BASELINE, in_print
 # ones. Of Okabe and Ito's and Paul Tol's colours, for colour-blind eyes; markers and dashes, for grey print.
 COLORS = dict(
     vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
-    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitcentered="#332288", vitsumscaled="#66A61E",
-    vitdiffnonorm="#882255", vitboth="#7B68EE", vitsum="#117733", vitdiffabs="#5B3A1E")
+    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitboth="#7B68EE", vitsumscaled="#66A61E",
+    vitdiffnonorm="#882255", vitcentered="#332288", vitsum="#117733", vitdiffabs="#5B3A1E")
 SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
@@ -92,7 +92,7 @@ def width_of(texts):
 
 
 def new_figure(title, notes, panel, shape=(1, 1), left=0.95, right=0.2, bottom=0.6, gap=(0.2, 0.5), legend=(),
-               sharex=True, sharey=True):
+               sharey=True):
     """A figure and its panels, an array of this shape, (rows, columns).
 
     notes: lines of small text below the title. panel, gap: width and height of a panel and of the space between two of
@@ -101,12 +101,12 @@ def new_figure(title, notes, panel, shape=(1, 1), left=0.95, right=0.2, bottom=0
     rows, columns = shape
     width = max(left + columns * (panel[0] + gap[0]) - gap[0] + right, 0.3 + 0.105 * len(title), 0.3 + width_of(notes))
     top = 0.6 + TEXT_LINE * len(notes)
-    bottom += 0.1 + TEXT_LINE * math.ceil(len(legend) / legend_columns(width, legend)) if legend else 0
+    bottom += 0.1 + TEXT_LINE * ceil(len(legend) / legend_columns(width, legend)) if legend else 0
     height = top + rows * (panel[1] + gap[1]) - gap[1] + bottom
     figure = Figure(figsize=(width, height))
     figure.text(0.15 / width, 1 - 0.1 / height, title, va="top", fontsize=11.5, fontweight="bold")
     figure.text(0.15 / width, 1 - 0.36 / height, "\n".join(notes), va="top", fontsize="small", color="0.3")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey, gridspec_kw=dict(
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey, gridspec_kw=dict(
         left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
         wspace=gap[0] / panel[0], hspace=gap[1] / panel[1]))
 
@@ -114,7 +114,7 @@ def new_figure(title, notes, panel, shape=(1, 1), left=0.95, right=0.2, bottom=0
 def legend_columns(width, texts):
     """How many columns as wide as the longest text there is room for, or fewer, if that takes no more rows."""
     most = max(1, int(width / (0.7 + width_of(texts))))
-    return math.ceil(len(texts) / math.ceil(len(texts) / most))
+    return ceil(len(texts) / ceil(len(texts) / most))
 
 
 def with_legend(figure):
@@ -124,35 +124,34 @@ def with_legend(figure):
     return figure
 
 
-def means_and_halves(line, values_of):
-    """The means over a line's runs of the lists that `values_of` makes of them, and half their 95% intervals, nan where
-    runs are too few: two arrays."""
-    return numpy.array([(statistics.fmean(sample), stats.half_interval(sample))
-                        for sample in zip(*map(values_of, line.runs))], float).T
+def means_and_arms(line, values_of, shares=False):
+    """Of the lists that `values_of` makes of a line's runs: means (N,), and how far 95% intervals, of shares from 0 to
+    1 at most, reach below and above them, nan where there are none (2, N)."""
+    means, halves = numpy.array([(fmean(sample), stats.half_interval(sample))
+                                 for sample in zip(*map(values_of, line.runs))], float).T
+    return means, numpy.minimum(halves, [means, 1 - means]) if shares else numpy.array([halves, halves])
 
 
-def draw_mean(axes, places, line, values_of):
+def draw_mean(axes, places, line, values_of, shares=False):
     """A curve of the means of a run's values, one a place; of several runs in front a band, their 95% intervals."""
-    means, halves = means_and_halves(line, values_of)
+    means, (below, above) = means_and_arms(line, values_of, shares)
     axes.plot(places, means, **line.style, label=line.label, markevery=max(1, len(means) // 10))
-    if line.front and not numpy.isnan(halves).any():
-        axes.fill_between(places, means - halves, means + halves, color=line.style["color"], alpha=0.15, linewidth=0)
+    if line.front and not numpy.isnan(below).any():
+        axes.fill_between(places, means - below, means + above, color=line.style["color"], alpha=0.15, linewidth=0)
 
 
-def draw_intervals(axes, places, line, values_of, across=False):
-    """The means of a run's values, one a place, with 95% intervals if there are several runs; it returns both. across:
-    places are heights."""
-    means, halves = means_and_halves(line, values_of)
-    bars = None if numpy.isnan(halves).all() else halves
+def draw_intervals(axes, places, line, values_of, across=False, shares=False):
+    """The means of a run's values, one a place or, across, one a height, with their 95% intervals; it returns both."""
+    means, arms = means_and_arms(line, values_of, shares)
+    bars = None if numpy.isnan(arms).all() else arms
     axes.errorbar(*((means, places, None, bars) if across else (places, means, bars)), capsize=2.5,
                   label=line.label, **line.style | dict(linestyle="none"))
-    return means, halves
+    return means, arms
 
 
 def show_shares(axes):
-    """Have the y axis show percent, and nothing far below 0 or above 100%, where Student's t of few seeds may go."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.05 * high), min(high, 1))  # there a mark at 0 is whole
+    """Have the y axis show percent, and nothing above 100%."""
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1))
     axes.yaxis.set_major_formatter(percent)
 
 
@@ -162,8 +161,7 @@ def spread(heights, gap, low, high):
     order = sorted(range(count), key=lambda i: heights[i])
     wanted = [heights[i] - rank * gap for rank, i in enumerate(order)]  # of these, none may be below the one before
     for rank, i in enumerate(order):  # isotonic regression, in the form of a maximum of minima
-        place = max(min(statistics.fmean(wanted[first:last]) for last in range(rank + 1, count + 1))
-                    for first in range(rank + 1))
+        place = max(min(fmean(wanted[first:last]) for last in range(rank + 1, count + 1)) for first in range(rank + 1))
         moved[i] = min(max(place, low), high - (count - 1) * gap) + rank * gap
     return [moved[i] for i in range(count)]
 
@@ -173,20 +171,20 @@ def spread(heights, gap, low, high):
 def draw_curves(title, notes, ylabel, write, lines, panels, skip=0.0):
     """A figure of curves over epochs, panels side by side on one scale, each curve named at its end.
 
-    panels: {column of metrics.csv: heading}. write: what makes the text of a value. skip: the part of the epochs left
-    out at the beginning, so that their steepness does not flatten all that follows.
+    panels: {column of metrics.csv: heading}. write: what makes the text of a value. skip: the part of a line's epochs,
+    if these are 8 or more, left out at the beginning, so that their steepness does not flatten all that follows.
     """
     margin = 0.75 + CHARACTER * 8 + width_of(texts_of(lines))
-    panel = 5.2 if len(panels) == 1 else 3.6, max(3.4, TEXT_LINE * (len(lines) + 1))
-    figure, (row,) = new_figure(title, [*notes, what_is_shown(lines)], panel, (1, len(panels)), right=margin,
-                                gap=(margin + 0.2, 0), sharex=False)
-    lengths = [len(line.runs[0].metrics["epoch"]) for line in lines]
-    start = min(int(skip * max(lengths)), min(lengths) - 1)
-    shown = [stats.keep_runs(lines, lambda run: column in run.metrics) for column in panels]
+    panel = 3.6 if len(panels) > 1 else 5.2, max(3.4, TEXT_LINE * (len(lines) + 1))
+    figure, (row,) = new_figure(
+        title, [*notes, what_is_shown(lines)], panel, (1, len(panels)), right=margin, gap=(margin + 0.2, 0))
+    shown, shares = [stats.keep_runs(lines, lambda run: column in run.metrics) for column in panels], "%" in write(1)
     for axes, column, kept in zip(row, panels, shown):
         for line in kept:
-            draw_mean(axes, line.runs[0].metrics["epoch"][start:], line, lambda run: run.metrics[column][start:])
-    if write(1).endswith("%"):
+            epochs = line.runs[0].metrics["epoch"]
+            start = int(skip * len(epochs)) if len(epochs) >= 8 else 0
+            draw_mean(axes, epochs[start:], line, lambda run: run.metrics[column][start:], shares)
+    if shares:
         show_shares(row[0])
     row[0].set_ylabel(ylabel)
     for axes, heading, kept in zip(row, panels.values(), shown):  # when all are drawn, so that their scale stays
@@ -244,7 +242,7 @@ def draw_parameters(dataset, lines):
         f"Test accuracy by parameters on {in_print(dataset)}", [f"{what_is_shown(lines)}; neighbours moved apart"],
         (5.5, 3.2), right=0.35, legend=texts_of(lines))
     for line, place in zip(lines, places):
-        draw_intervals(axes, [place], line, lambda run: [run.summary["test_accuracy"]])
+        draw_intervals(axes, [place], line, lambda run: [run.summary["test_accuracy"]], shares=True)
     axes.margins(0.08)
     axes.set(xlabel="parameters", ylabel="test accuracy")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -284,7 +282,7 @@ def draw_rows(title, notes, lines, panels, draw, finish, width, columns, legend=
     *figures) that draws a row. finish: one of a panel. width: of a panel, of which so many columns stand side by side.
     """
     def mean(line, figures):
-        return statistics.fmean(map(figures[-1], line.runs))
+        return fmean(map(figures[-1], line.runs))
 
     first, *_ = panels.values()
     rows = {}  # the line of each text at the left, None for the heading of a family
@@ -331,9 +329,9 @@ def draw_shift(dataset, lines):
 
 def draw_error(axes, height, line, error):
     """A mean and its interval, on a thin line from 0, and the mean in figures."""
-    (mean,), (half,) = draw_intervals(axes, [height], line, lambda run: [error(run)], across=True)
+    (mean,), (_, (arm,)) = draw_intervals(axes, [height], line, lambda run: [error(run)], across=True, shares=True)
     axes.plot([0, mean], [height, height], color="0.8", linewidth=0.8, zorder=1)
-    axes.annotate(f"{mean:.1%}", (mean + numpy.nan_to_num(half), height), fontsize="small", va="center", xytext=(6, 0),
+    axes.annotate(f"{mean:.1%}", (mean + numpy.nan_to_num(arm), height), fontsize="small", va="center", xytext=(6, 0),
                   textcoords="offset points", color="0.1" if line.front else "0.5",
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
 
@@ -376,7 +374,7 @@ def draw_response(dataset, lines):
 def draw_branches(axes, height, line, *figures):
     """What the branches make together, the last figure, and, of a line that has two, each of them above and below it,
     on a thin line to it."""
-    means, _ = means_and_halves(line, lambda run: [figure_of(run) for figure_of in figures])
+    means, _ = means_and_arms(line, lambda run: [figure_of(run) for figure_of in figures])
     for figure_of, mean, (_, mark, below) in zip(figures, means, BRANCHES.values()):
         if figure_of is figures[-1] or not numpy.isnan(means).any():
             axes.plot([mean, means[-1]], [height + below, height], color=line.style["color"], linewidth=0.8, alpha=0.4)
@@ -399,7 +397,7 @@ def set_decades(axes):
     axes.xaxis.set_major_formatter("{x:g}")
 
 
-# Charts with a curve or a mark a model.
+# Other charts.
 
 def draw_severities(title, choose, dataset, lines):
     """Test error by severity, a panel for each corruption that `choose` takes; severity 0 is the clean test split."""
@@ -414,14 +412,14 @@ def draw_severities(title, choose, dataset, lines):
     figure, grid = new_figure(
         f"Test error by severity of {title} on {in_print(dataset)}",
         [met + brightness_note(", except for", lines), what_is_shown(lines)], (3.1, 2.2),
-        (math.ceil(len(names) / columns), columns), legend=texts_of(lines))
+        (ceil(len(names) / columns), columns), legend=texts_of(lines))
     for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
         if not name:
             axes.remove()
             continue
         for line in lines:
             draw_mean(axes, range(severities + 1), line, lambda run: [
-                1 - accuracy for accuracy in (run.summary["test_accuracy"], *run.noise[name][:severities])])
+                1 - share for share in (run.summary["test_accuracy"], *run.noise[name][:severities])], shares=True)
         axes.set(title=stats.readable(name).capitalize(), ylabel="test error")
         axes.label_outer()
         if place >= len(names) - columns:  # nothing stands below it
@@ -445,11 +443,12 @@ def draw_attention(title, condition, figures, dataset, lines):
         (max(3.4, len(conditions) * max(1.1, 0.1 * len(lines))), 2.2), (len(figures), len(blocks)), gap=(0.2, 0.2),
         legend=[*texts_of(lines), UNIFORM], sharey="row")
     for row, (name, ylabel) in zip(grid, figures.items()):
+        is_share = name.endswith("share")
         for axes, block in zip(row, blocks):
             for place, line in enumerate(lines):
                 beside = 0.7 * ((place + 0.5) / len(lines) - 0.5)  # so that no mark hides another
                 draw_intervals(axes, [i + beside for i in range(len(conditions))], line, lambda run: [
-                    stats.attention_figure(run, condition, block, name) for condition in conditions])
+                    stats.attention_figure(run, condition, block, name) for condition in conditions], shares=is_share)
             if name == "irrelevant_share":
                 for i, condition in enumerate(conditions):
                     axes.plot([i - 0.42, i + 0.42], [stats.uniform_share(lines, condition)] * 2, color="0.3",
@@ -457,14 +456,12 @@ def draw_attention(title, condition, figures, dataset, lines):
                 axes.set_ylim(0, max(axes.get_ylim()[1], axes.dataLim.y1))  # the first block's scale, if it will do
             axes.set_xticks(range(len(conditions)), texts, fontsize="small")
         row[0].set_ylabel(ylabel)
-        if name.endswith("share"):
+        if is_share:
             show_shares(row[0])
     for axes, block in zip(grid[0], blocks):
         axes.set_title(f"block {block}")
     return with_legend(figure)
 
-
-# Pictures.
 
 def draw_maps(dataset, lines):
     """A few images, and the class token's maps of them in the last block, head by head: of one run of each line in
@@ -497,8 +494,8 @@ def draw_maps(dataset, lines):
                 picture = show_map(axes, weights, left, top, limit)
     axes.set(xlim=(-0.02, width - 0.32), ylim=(height - 0.13, -0.02))
     axes.axis("off")
-    bar = axes.inset_axes([1 + 0.15 / width, 0.25, 0.2 / width, 0.5])
-    figure.colorbar(picture, cax=bar, label="weight").ax.tick_params(labelsize="small")
+    bar = figure.colorbar(picture, cax=axes.inset_axes([1 + 0.15 / width, 0.25, 0.2 / width, 0.5]), label="weight")
+    bar.ax.tick_params(labelsize="small")
     return figure
 
 

@@ -1,5 +1,6 @@
 """What every command shares: flags, one clear line for what the user can put right, output that ends no work; files,
-written whole or not at all and read with clear errors; folders, locked; the user's own Python files, executed and kept.
+written whole or not at all and read with clear errors; folders, locked; the
+commit of the program.
 
     def main(argv=None):
         return command.exit_status("plot.py", parse_flags, plot, argv)
@@ -16,15 +17,14 @@ import csv
 import difflib
 import errno
 import functools
-import hashlib
 import io
 import json
 import math
 import os
 import re
 import shlex
+import subprocess
 import sys
-import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -57,6 +57,10 @@ def exit_status(prog, parse_flags, command, argv, again="run the same command ag
             sys.stdout.flush()
             sys.stderr.flush()
     return 0
+
+
+class InUse(UserError):
+    """Another process has locked a folder."""
 
 
 class Output:
@@ -390,7 +394,7 @@ def take_lock(folder, wait):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: wait for it, or give another --runs-dir") from None
+            raise InUse(f"{folder} is in use by another process: wait for it, or give another --runs-dir") from None
         except OSError as error:  # as on some network file systems
             say_once(f"{folder} cannot be locked ({error.strerror}): start no second command on the same runs")
         if os.fstat(file.fileno()).st_nlink:
@@ -400,7 +404,9 @@ def take_lock(folder, wait):
 
 @contextlib.contextmanager
 def locked(folder, wait=False):
-    """Keep other processes off a folder while the block runs; wait for them, or raise a UserError."""
+    """Keep other processes off a folder while the block runs; wait for them, or raise InUse. A folder that was made for
+    it and stays empty is deleted."""
+    is_new = not folder.exists()
     with take_lock(folder, wait):
         for partial in folder.glob(".*.partial"):  # of a process that was killed while it wrote
             with contextlib.suppress(OSError):
@@ -409,64 +415,22 @@ def locked(folder, wait=False):
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                is_new and folder.rmdir()
 
 
-# Plugins: Python files of the user's.
+# The program.
 
-def execute_plugin(path):
-    """Execute a file of the user's as the module `plugin`, and return the setting that stands for it: its name and the
-    first digits of its SHA-256. Errors of the code itself keep their traceback.
+def git_commit():
+    """The commit of this code, with -dirty if a tracked module differs from it; None outside a checkout of its own."""
+    here = Path(__file__).resolve().parent
 
-    Raises:
-        UserError: if the file cannot be read or is not named *.py.
-    """
-    with reading(path, advice="name a Python file"):
-        source = path.read_bytes()
-    if path.suffix != ".py":
-        raise UserError(f"the plugin {path} is not a Python file: name one that ends in .py")
-    module = sys.modules["plugin"] = types.ModuleType("plugin")
-    module.__file__ = str(path)
-    exec(compile(source, path, "exec"), vars(module))
-    digits = digits_of(source)
-    return f"{path.name.replace(f'-{digits}.py', '.py')} {digits}"  # a kept copy stands for what it is a copy of
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout
 
-
-def digits_of(source):
-    return hashlib.sha256(with_plain_ends(source)).hexdigest()[:12]
-
-
-def find_plugin(runs_dir, setting):
-    """The Python file beside runs, or in plugins/ there, that the `plugin` setting of a run stands for, or None."""
-    for path in [*sorted(runs_dir.glob("*.py")), *sorted(runs_dir.glob("plugins/*.py"))]:
-        with reading(path):
-            if digits_of(path.read_bytes()) == setting.rsplit(" ", 1)[1]:
-                return path
-
-
-def find_run_plugin(folder, setting):
-    """The plugin that the run in a folder was trained with.
-
-    Raises:
-        UserError: if it is not beside the run.
-    """
-    found = find_plugin(folder.parent, setting)
-    if not found:
-        raise UserError(f"{folder} was trained with the plugin {setting}, of which no copy lies in {folder.parent} or "
-                        "its plugins/: put it there")
-    return found
-
-
-def keep_plugin(runs_dir, setting, source):
-    """The path of a plugin among the runs: its copy in plugins/, unless it lies beside them already. source: where it
-    is now, or None where nobody knows."""
-    found = find_plugin(runs_dir, setting)
-    if found:
-        return found
-    name, digits = setting.rsplit(" ", 1)
-    kept = runs_dir / "plugins" / f"{name.removesuffix('.py')}-{digits}.py"
-    if source:
-        make_folder(kept.parent)
-        write_whole(kept, source.read_bytes())
-    else:
-        say_once(f"the plugin {setting} is not beside the runs, which cannot be repeated without it")
-    return kept
+    try:
+        inside, commit = git("rev-parse", "--show-prefix", "HEAD").splitlines()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # copies of plugins are untracked
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return None if inside else commit + ("-dirty" if changed else "")  # inside: of another project's checkout

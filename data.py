@@ -13,20 +13,23 @@ import zipfile
 import zlib
 from collections import namedtuple
 from http.client import HTTPException
+from pathlib import Path
 
 import numpy
 import torch
 from torch.nn import functional as F
 
 import command
+import pictures
 from command import UserError
 from records import check, locked
 
 Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,)
 
 # What each data set is. `source` is torchvision's class; `mean` and `std` are those of the training archive's pixels,
-# from 0 to 1; `defaults` has the settings whose default depends on the data set: see defaults_of. Augmentation keeps the
-# class: a mirrored garment is a garment, a mirrored digit is no digit. Rows with canvases follow below.
+# from 0 to 1; `class_names` may be left out, where classes are digits; `defaults` has the settings whose default depends
+# on the data set: see defaults_of. Augmentation keeps the class: a mirrored garment is a garment, a mirrored digit is no
+# digit. Rows with canvases follow below.
 GREY = dict(num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000))  # sizes: images for training and test
 DIGITS = dict(epochs=20, batch_size=128, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7,
               rotation=15.0, scale=0.15, shear=0.15, shift=1.0)
@@ -34,12 +37,15 @@ DATASETS = {
     "mnist": GREY | dict(source="MNIST", mean=[0.1307], std=[0.3081], defaults=DIGITS),
     "fashionmnist": GREY | dict(
         source="FashionMNIST", mean=[0.2860], std=[0.3530],
+        class_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
         defaults=dict(epochs=30, batch_size=256, lr=6e-3, muon_lr=8e-3, weight_decay=0.1, patch_size=7,
                       rotation=3.0, scale=0.05, shear=0.05, shift=0.5, flip=True)),
-    "kmnist": GREY | dict(source="KMNIST", mean=[0.1918], std=[0.3483], defaults=DIGITS),
+    "kmnist": GREY | dict(source="KMNIST", mean=[0.1918], std=[0.3483], defaults=DIGITS,
+                          class_names="o ki su tsu na ha ma ya re wo".split()),
     "cifar10": dict(
         source="CIFAR10", num_classes=10, image_size=32, in_channels=3, sizes=(50_000, 10_000),
         mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        class_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
         defaults=dict(epochs=30, batch_size=64, lr=6e-3, muon_lr=1e-2, weight_decay=0.1, patch_size=4,
                       shift=2.0, flip=True)),
 }
@@ -50,6 +56,13 @@ EVALUATION_BATCH = 1_000
 def defaults_of(dataset):
     """{setting: the data set's default of its flag}. An augmentation that its row does not name is off."""
     return no_augmentation() | dict(distractors=0) | DATASETS[dataset]["defaults"]
+
+
+def facts_of(dataset):
+    """What a trained model of the data set needs to be used, and where the data were: the facts of its runs."""
+    row = dict(class_names=[str(label) for label in range(DATASETS[dataset]["num_classes"])]) | DATASETS[dataset]
+    names = ["image_size", "in_channels", "num_classes", "class_names", "mean", "std", "data_path"]
+    return {name: row[name] for name in names if name in row}
 
 
 def mix_seed(*key):
@@ -67,8 +80,8 @@ def load_splits(name, data_dir, device):
     """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}. Of a cluttered data set
     these are the images that are put on canvases.
 
-    The validation images are drawn from the training archive by a generator of fixed seed: the same for every model
-    and seed.
+    The validation images, unless the data set has some, are drawn from the training archive by a generator of fixed
+    seed: the same for every model and seed.
 
     Raises:
         UserError: if the data are missing and cannot be downloaded, or a file is not the original; of a data set of
@@ -76,16 +89,21 @@ def load_splits(name, data_dir, device):
     """
     complete_row(name, data_dir)
     load = DATASETS[name].get("load")
-    archive, test = read_arrays(name, load, data_dir) if load else read_archives(name, data_dir)
-    order = torch.randperm(len(archive.labels), generator=torch.Generator().manual_seed(0))
-    val, train = order.tensor_split([validation_size(name)])
-    parts = dict(train=[tensor[train] for tensor in archive], val=[tensor[val] for tensor in archive], test=test)
-    return {part: Split(*(tensor.to(device) for tensor in tensors)) for part, tensors in parts.items()}
+    archives = read_arrays(name, load, data_dir) if load else read_archives(name, data_dir)
+    if "val" not in archives:
+        archive = archives["train"]
+        order = torch.randperm(len(archive.labels), generator=torch.Generator().manual_seed(0))
+        val, train = order.tensor_split([validation_size(name)])
+        archives = dict(train=Split(*(tensor[train] for tensor in archive)),
+                        val=Split(*(tensor[val] for tensor in archive)), test=archives["test"])
+    return {part: Split(*(tensor.to(device) for tensor in split)) for part, split in archives.items()}
 
 
 def validation_size(name):
-    """How many images of the training archive are the validation split: 5,000, or a tenth where that is less."""
-    return min(VALIDATION_SIZE, DATASETS[name]["sizes"][0] // 10)
+    """How many images are the validation split: the data set's own, or 5,000 of the training archive, or a tenth where
+    that is less."""
+    row = DATASETS[name]
+    return row.get("validation_size") or min(VALIDATION_SIZE, row["sizes"][0] // 10)
 
 
 def training_size(name):
@@ -93,12 +111,12 @@ def training_size(name):
 
 
 def read_archives(name, data_dir):
-    """The training and the test archive that torchvision has of a data set: two Splits."""
+    """The training and the test archive that torchvision has of a data set: {"train": Split, "test": Split}."""
     import torchvision
     source = getattr(torchvision.datasets, DATASETS[name]["source"])
     extract(name, source, data_dir)
-    archives = [source(data_dir, train=train) for train in (True, False)]
-    return [to_split(name, archive.data, archive.targets) for archive in archives]
+    archives = dict(train=source(data_dir, train=True), test=source(data_dir, train=False))
+    return {part: to_split(name, archive.data, archive.targets) for part, archive in archives.items()}
 
 
 def extract(name, source, data_dir):
@@ -152,6 +170,43 @@ def is_original(path, mark):
 
 # A data set of one's own.
 
+WORDS = dict(train="training", test="test", val="validation")  # of the parts, in the order of the arrays
+
+
+def names_of(given, image_size=None):
+    """The names of data sets that are given by name or path. A path, that of a folder of pictures or of an .npz file,
+    gets a row of DATASETS, with images of image_size pixels a side.
+
+    Raises:
+        UserError: if there is another data set of this name, or as pictures.read.
+    """
+    names = [add_path(text, image_size) if is_path(text) else text for text in dict.fromkeys(given)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two data sets are called {name}: rename a folder or file, which names its data set")
+        if image_size and "data_path" not in DATASETS.get(name, {"data_path": None}):
+            raise UserError(f"argument --image-size: {name} is of one size: leave it out")
+    return names
+
+
+def is_path(text):
+    is_name = text in DATASETS and "data_path" not in DATASETS[text]  # not of an earlier command in this process
+    return os.path.basename(text) != text or text.endswith(".npz") or not is_name and os.path.exists(text)
+
+
+def add_path(text, image_size, name=None):
+    """Make a row of DATASETS of what lies at a path, under this name or that of the path; returns the name."""
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    name = name or path.name.removesuffix(".npz")
+    if "data_path" not in DATASETS.get(name, {"data_path": None}):
+        raise UserError(f"{path}: {name} is another data set: rename the folder or file, which names its data set")
+    arrays, class_names = pictures.read(path, image_size)
+    DATASETS[name] = dict(load=lambda data_dir: arrays, data_path=str(path))
+    if class_names:
+        DATASETS[name]["class_names"] = class_names
+    return name
+
+
 def complete_row(name, data_dir):
     """Fill in a row of DATASETS that has `load`, from its arrays; the others are complete.
 
@@ -160,7 +215,7 @@ def complete_row(name, data_dir):
     load: a function of the data folder, a Path, that returns train_images, train_labels, test_images, test_labels:
         uint8 (N, H, W) or (N, H, W, C), square and of 1 or 3 channels, and integers (N,) that number the classes from
         0; numpy arrays, tensors or lists. At least 10 are for training, of which a tenth, at most 5,000, are the
-        validation split.
+        validation split, unless val_images and val_labels follow.
     defaults: of the flags whose default is not that of CIFAR-10; may be left out.
 
     Raises:
@@ -171,29 +226,35 @@ def complete_row(name, data_dir):
         return
     for flag in row.get("defaults", {}):
         command.check_name(f"default of data set {name}", flag, defaults_of("cifar10"))
-    archive, test = read_arrays(name, row["load"], data_dir)
-    count, channels, side, _ = archive.images.shape
-    row |= dict(num_classes=len(archive.labels.unique()), image_size=side, in_channels=channels,
-                sizes=(count, len(test.labels)), defaults=common | row.get("defaults", {}),
-                **pixel_moments(archive.images))
+    splits = read_arrays(name, row["load"], data_dir)
+    (count, channels, side, _), own = splits["train"].images.shape, len(splits["val"].labels) if "val" in splits else 0
+    row |= dict(num_classes=len(splits["train"].labels.unique()), image_size=side, in_channels=channels,
+                sizes=(count + own, len(splits["test"].labels)), validation_size=own,
+                defaults=common | row.get("defaults", {}), identity=dict(data=pictures.fingerprint(splits)),
+                **pictures.pixel_moments(splits["train"].images))
+    if "data_path" in row:
+        patches = [size for size in range(side, 0, -1) if side % size == 0]
+        row["defaults"] |= dict(patch_size=min(patches, key=lambda size: abs(size - side / 8)),
+                                batch_size=min(common["batch_size"], training_size(name)))
+        row["identity"]["image_size"] = side
     pixel_statistics.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)  # a row is completed before the splits are made, and `load` may take minutes
 def read_arrays(name, load, data_dir):
-    """The training and the test archive of a data set of one's own: two Splits."""
+    """The archives of a data set of one's own: {"train": Split, "test": Split} and, if it has one, "val"."""
     try:
         arrays = load(data_dir)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"data set {name} cannot be read: {command.first_line(error)}") from None
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"data set {name} cannot be read: {type(error).__name__}: {command.first_line(error)}") from None
     try:
-        check(isinstance(arrays, (tuple, list)) and len(arrays) == 4,
+        check(isinstance(arrays, (tuple, list)) and len(arrays) in (4, 6),
               "load does not return train_images, train_labels, test_images, test_labels")
-        archive, test = to_split("training", *arrays[:2]), to_split("test", *arrays[2:])
-        check_archives(archive, test)
+        splits = {part: to_split(WORDS[part], *pair) for part, pair in zip(WORDS, zip(arrays[::2], arrays[1::2]))}
+        check_archives(splits)
     except (TypeError, ValueError) as error:
         raise UserError(f"data set {name}: {command.first_line(error)}") from None
-    return archive, test
+    return splits
 
 
 def to_split(part, images, labels):
@@ -205,6 +266,7 @@ def to_split(part, images, labels):
           f"{part} images are {shape}, not (N, H, W), nor (N, H, W, C) of 1 or 3 channels")
     check(shape[1] == shape[2], f"{part} images are {shape[1]} high and {shape[2]} wide, not square")
     check(images.size, f"there are no {part} images")
+    check(images.max() > 1, f"{part} images have no value above 1: they are not from 0 to 255")
     check(labels.dtype.kind in "iu" and labels.ndim == 1,
           f"{part} labels are {labels.dtype} {labels.shape}, not integers (N,)")
     check(len(labels) == len(images), f"there are {len(images)} {part} images and {len(labels)} labels")
@@ -212,28 +274,20 @@ def to_split(part, images, labels):
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(numpy.int64)))
 
 
-def check_archives(archive, test):
-    """Raise a ValueError unless these are two archives of the same classes and of images of one size."""
-    shape, test_shape = (tuple(split.images.shape[1:]) for split in (archive, test))
-    check(shape == test_shape,
-          f"training images are {shape} and test images {test_shape} (C, H, W): all must be of one size")
+def check_archives(splits):
+    """Raise a ValueError unless these are archives of the same classes and of images of one size."""
+    archive = splits["train"]
+    labels, shape = archive.labels.unique().tolist(), tuple(archive.images.shape[1:])
     check(len(archive.labels) >= 10, f"there are {len(archive.labels)} training images, fewer than 10")
-    labels, test_labels = (split.labels.unique().tolist() for split in (archive, test))
-    lowest, highest = min(labels[0], test_labels[0]), test_labels[-1]
     missing = min({*range(len(labels) + 1)}.difference(labels))
-    check(lowest >= 0, f"label {lowest} is negative")
+    for part, (images, own_labels) in splits.items():
+        check(images.shape[1:] == shape, f"training images are {shape} and {WORDS[part]} images "
+              f"{tuple(images.shape[1:])} (C, H, W): all must be of one size")
+        check(own_labels.min() >= 0, f"label {own_labels.min()} is negative")
     check(missing == len(labels), f"class {missing} has no training image: number the classes from 0")
     check(missing > 1, "all training images are of one class")
-    check(highest < missing, f"test label {highest} is that of no training image")
-
-
-def pixel_moments(images):
-    """Mean and deviation of bytes (N, C, H, W), from 0 to 1: of each a list, one a channel."""
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
-    shares, levels = counts.double() / images[:, 0].numel(), torch.arange(256, dtype=torch.double) / 255
-    mean = shares @ levels
-    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
-    return dict(mean=mean.tolist(), std=[value or 1.0 for value in std.tolist()])  # 1 for a channel of one value
+    for part, (_, own_labels) in splits.items():
+        check(own_labels.max() < missing, f"{WORDS[part]} label {own_labels.max()} is that of no training image")
 
 
 # Augmentation.

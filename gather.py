@@ -11,7 +11,8 @@ import shutil
 import sys
 
 import command
-from command import UserError, keep_plugin, locked, parse_csv, read_json, read_text, write_csv, writing
+from command import UserError, locked, parse_csv, read_json, read_text, write_csv, writing
+from plugins import keep_plugins
 from records import (FILES, TABLES, check_same, checksum_of, from_cell, make_flags, read_rows, read_run, read_table,
                      read_tables, run_state, subfolders)
 
@@ -55,9 +56,8 @@ def to_cell(value):
 
 def rows_of(run):
     """The rows of a run in the tables: {table: rows}."""
-    plugin = run.settings.get("plugin")
-    kept = keep_plugin(run.folder.parent, plugin, None) if plugin else None
-    args = " ".join(make_flags(run.settings, kept))
+    kept = keep_plugins(run.folder.parent, run.settings.get("plugin"))
+    args = " ".join(make_flags(run.settings, kept, run.facts.get("data_path")))
     cells = {name: to_cell(value) for name, value in (
         dict(args=args) | run.summary | run.facts | run.settings).items()}
     rows = {"runs.csv": [cells]}
@@ -73,6 +73,7 @@ def write_tables(folder, runs):
     held = read_rows(folder) | {run.folder.name: run for run in runs}
     settings, facts, figures = ([name for run in held.values() for name in getattr(run, part)]
                                 for part in ("settings", "facts", "summary"))
+    settings = [name for name in settings if name not in facts]  # as image_size: see records.parse_rows
     first = {"runs.csv": ["args", *settings, "parameters", *facts, "val_loss", *figures]}
     added = {run.folder.name: rows_of(run) for run in runs}
     paths = [folder / table for table in [*TABLES[1:], "runs.csv"]]

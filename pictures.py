@@ -4,10 +4,12 @@
     pixels = pictures.to_pixels(picture, side)            a PIL image as training sees it, uint8 (side, side, 3)
 
 A picture is turned by its EXIF tag, laid on white where it is transparent, resized, its shorter side first, and cut at
-the centre. Files are read by several threads.
+the centre.
 """
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
 import re
@@ -26,6 +28,7 @@ PARTS = ["train", "test", "val"]
 LITTER = ["thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"]  # of operating systems, and dot files
 LARGEST, SMALLEST = 64, 2  # pixels a side: what is kept as it is, and what counts as a picture
 DEFAULT_SIDE = 32
+THREADED = 128**2  # pixels a picture, from which on several threads decode faster than one
 
 
 def read(path, image_size=None):
@@ -41,7 +44,7 @@ def read(path, image_size=None):
     with warnings.catch_warnings():  # of PIL, whose lines name no file
         warnings.simplefilter("ignore")
         images, labels, classes = (read_archive if path.suffix == ".npz" else read_folder)(path, image_size)
-    if all(part.ndim == 4 and (part == part[..., :1]).all() for part in images):
+    if all(part.shape[3:] == (3,) and (part == part[..., :1]).all() for part in images):
         images = [part[..., 0] for part in images]
     return [array for pair in zip(images, labels) for array in pair], classes
 
@@ -53,10 +56,13 @@ def read_folder(path, image_size):
     classes = sorted(parts["train"])
     check_classes(path, parts)
     files = [file for part in parts.values() for pictures in part.values() for file in pictures]
-    sizes = in_threads(read_size, files, "looking at pictures")
+    sizes = run_through(map(read_size, files), len(files), "looking at pictures")
     side = choose_side(sizes, image_size)
     check_memory(path, len(files) * side * side * 3)
-    pixels = iter(in_threads(lambda file: read_pixels(file, side), files, "reading pictures"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        run = pool.map if sum(map(math.prod, sizes)) > THREADED * len(files) else map
+        found = run(functools.partial(read_pixels, side=side), files)
+        pixels = iter(run_through(found, len(files), "reading pictures"))
     labels = [numpy.array([classes.index(name) for name, pictures in part.items() for _ in pictures])
               for part in parts.values()]
     return [numpy.stack([next(pixels) for _ in part]) for part in labels], labels, classes
@@ -146,10 +152,12 @@ def to_pixels(picture, side, mode="RGB"):
     """A PIL image as training sees it: uint8 (side, side, 3), or (side, side) if `mode` is L, grey."""
     picture.draft(None, (4 * side, 4 * side))  # has a large JPEG decoded at a fraction of its size
     picture = flatten(ImageOps.exif_transpose(picture))
-    width, height = (side * length // min(picture.size) for length in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR)  # averages where it makes smaller
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return numpy.asarray(picture.crop((left, top, left + side, top + side)).convert(mode))
+    if picture.size != (side, side):
+        width, height = (side * length // min(picture.size) for length in picture.size)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)  # averages where it makes smaller
+        picture = picture.crop((left, top, left + side, top + side))
+    return numpy.asarray(picture if picture.mode == mode else picture.convert(mode))
 
 
 def flatten(picture):
@@ -162,7 +170,7 @@ def flatten(picture):
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_batch(images, side, mode="RGB"):
@@ -209,7 +217,8 @@ def resize(images, side):
     """Images (N, H, W) or (N, H, W, C) as (N, side, side, 3)."""
     if images.shape[1:] == (side, side, 3):
         return images
-    return numpy.stack(in_threads(lambda image: to_batch(image, side)[0], images, "resizing pictures"))
+    found = (to_batch(image, side)[0] for image in images)
+    return numpy.stack(run_through(found, len(images), "resizing pictures"))
 
 
 # Sizes.
@@ -236,8 +245,26 @@ def free_memory():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
-def in_threads(function, items, what):
-    """[function(item) for each item], with a bar if that takes more than two seconds."""
-    with ThreadPoolExecutor() as pool:
-        return list(tqdm(pool.map(function, items), desc=what, total=len(items), unit=" pictures", delay=2, leave=False,
-                         disable=None))
+def run_through(found, count, what):
+    """A list of what an iterator yields, with a bar if that takes more than two seconds."""
+    return list(tqdm(found, desc=what, total=count, unit=" pictures", delay=2, leave=False, disable=None))
+
+
+# What the arrays are.
+
+def pixel_moments(images):
+    """Mean and deviation of bytes (N, C, H, W), from 0 to 1: of each a list, one a channel."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
+    shares, levels = counts.double() / images[:, 0].numel(), torch.arange(256, dtype=torch.double) / 255
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+    return dict(mean=mean.tolist(), std=[value or 1.0 for value in std.tolist()])  # 1 for a channel of one value
+
+
+def fingerprint(splits):
+    """The first twelve digits of the SHA-256 of all arrays."""
+    digest = hashlib.sha256()
+    for part, split in splits.items():
+        for tensor in split:
+            digest.update(f"{part} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]

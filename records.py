@@ -14,17 +14,17 @@ import itertools
 import json
 import math
 import shlex
-import subprocess
 from collections import namedtuple
 from os.path import exists
 from pathlib import Path
 
 import numpy
 
-from command import (NAME, Damaged, UserError, check, check_count, execute_plugin, file_checksum, find_run_plugin,
-                     group_by, is_finite, json_checksum, keep_plugin, locked, make_folder, need, numbers, parse_csv,
-                     read_arrays, read_checkpoint, read_json, read_text, reading, write_arrays, write_checkpoint,
-                     write_csv, write_json, write_whole)
+from command import (NAME, Damaged, InUse, UserError, check, check_count, file_checksum, group_by, is_finite,
+                     json_checksum, locked, make_folder, need, numbers, parse_csv, read_arrays, read_checkpoint,
+                     read_json, read_text, reading, say_once, write_arrays, write_checkpoint, write_csv, write_json,
+                     write_whole)
+from plugins import from_anywhere, keep_plugins
 
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
 SHARED_FIGURES = ["model", "dataset", "seed", "epochs", "parameters"]  # of a summary, and settings or facts as well
@@ -118,23 +118,25 @@ def setting_of(settings, name):
     return settings.get(name) or None
 
 
-def write_config(folder, settings, facts, plugin=None):
-    """config.json, and args.txt: the flags that repeat the run, one a line, to be read again as @FILE. The plugin, a
-    path, is kept beside the runs, and its flag names that file."""
-    kept = keep_plugin(folder.parent, settings["plugin"], plugin) if plugin else None
+def write_config(folder, settings, facts, plugins=()):
+    """config.json, and args.txt: the flags that repeat the run, one a line, to be read again as @FILE from any folder.
+    The plugins, paths, are kept beside the runs, and their flag names those files."""
+    kept = [*map(from_anywhere, keep_plugins(folder.parent, settings.get("plugin"), plugins))]
     write_json(folder / "config.json", dict(settings=settings, facts=facts))
-    write_whole(folder / "args.txt", "".join(flag + "\n" for flag in make_flags(settings, kept)))
+    write_whole(folder / "args.txt", "".join(flag + "\n" for flag in make_flags(
+        settings, kept, facts.get("data_path"))))
 
 
-def make_flags(settings, plugin=None):
-    """The flags of train.py that repeat a run with these settings and the plugin of this path."""
-    flags = []
-    for name, value in (settings | dict(plugin=plugin)).items():
+def make_flags(settings, plugins=None, data_path=None):
+    """The flags of train.py that repeat a run with these settings, the plugins of these paths and data of one's own."""
+    flags, own = [], dict(dataset=data_path) if data_path else {}
+    for name, value in (settings | dict(plugin=plugins, data=None) | own).items():  # what data are is no flag
         name = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            flags.append(f"--{name} {shlex.quote(str(value))}")
+        elif value not in (None, []):
+            values = value if isinstance(value, list) else [value]
+            flags.append(f"--{name} {shlex.join(map(str, values))}")
     return flags
 
 
@@ -338,6 +340,8 @@ def parse_rows(text):
         checksum = cells.pop("checksum", None)
         values = {column: from_cell(cell) for column, cell in cells.items()}
         settings, facts_, summary = ({name: values[name] for name in part if name in values} for part in parts)
+        if "data_path" in facts_:  # the image size of data of one's own is a setting, and a fact of every run
+            settings["image_size"] = facts_["image_size"]
         check_settings(settings)
         check_summary(summary)
         rows[run] = Row(run, values.get("args"), settings, facts_, summary, checksum, cells)
@@ -432,8 +436,11 @@ def check_usable(folder, settings, overwrite):
         differing = [f"{name} is {recorded.get(name)} there and {settings.get(name)} here"
                      for name in settings | recorded if setting_of(recorded, name) != setting_of(settings, name)]
         if differing:
-            raise UserError(f"{folder} has other settings ({'; '.join(differing)}): give those, or another --runs-dir"
-                            + ("" if state == "gathered" else ", or --overwrite to lose that run"))
+            is_other = recorded.get("plugin") != settings.get("plugin")
+            kept = keep_plugins(folder.parent, recorded.get("plugin")) if is_other else []
+            how = f" (the kept copy: --plugin {shlex.join(map(str, kept))})" if kept and all(map(exists, kept)) else ""
+            raise UserError(f"{folder} has other settings ({'; '.join(differing)}): give those{how}, or another "
+                            "--runs-dir" + ("" if state == "gathered" else ", or --overwrite to lose that run"))
 
 
 def interrupted_stack(folder):
@@ -481,14 +488,18 @@ def find_stacks(runs_dir, settings, seeds, size, overwrite):
 
 def claim_stacks(locks, runs_dir, settings, seeds, size, overwrite):
     """What find_stacks returns, once the folders are locked, for as long as the ExitStack `locks` is open, and what
-    `overwrite` gives up is deleted."""
-    request = runs_dir, settings, seeds, size, overwrite
-    folders = [run_folder(runs_dir, settings | dict(seed=seed)) for stack in find_stacks(*request) for seed in stack]
-    for folder in folders:
-        locks.enter_context(locked(folder))
-    for folder, name in itertools.product(folders, FILES) if overwrite else []:  # once all are locked
-        (folder / name).unlink(missing_ok=True)
-    return find_stacks(*request)  # another process may have changed them before they were locked
+    `overwrite` gives up is deleted. Those in use by another process are left out, after a line for each."""
+    free = []
+    for stack in find_stacks(runs_dir, settings, seeds, 1, overwrite):  # each fresh seed by itself
+        try:
+            for seed in stack:
+                locks.enter_context(locked(run_folder(runs_dir, settings | dict(seed=seed))))
+            free += stack
+        except InUse as error:
+            say_once(f"left out: {error}")
+    for seed, name in itertools.product(free, FILES) if overwrite else []:  # once they are locked
+        (run_folder(runs_dir, settings | dict(seed=seed)) / name).unlink(missing_ok=True)
+    return find_stacks(runs_dir, settings, free, size, overwrite)  # others may have changed them before
 
 
 def read_threads(folder):
@@ -500,18 +511,3 @@ def read_threads(folder):
         if facts.get("threads") is not None:
             need(facts, "a whole number above 0", "threads")
     return facts.get("threads")
-
-
-def git_commit():
-    """The commit of this code, with -dirty if a tracked module differs from it; None outside a checkout of its own."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout
-
-    try:
-        inside, commit = git("rev-parse", "--show-prefix", "HEAD").splitlines()
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # copies of plugins are untracked
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return None if inside else commit + ("-dirty" if changed else "")  # inside: of another project's checkout

@@ -95,9 +95,8 @@ def mean_cell(line, form, figure_of, interval=True):
 
 def difference_cell(found, digits=2):
     """The mean difference and its interval, if it has one."""
-    ends = [found.mean + sign * found.half for sign in (-1, 1)] if found.half is not None else []
-    mean, *interval = (f"{value:+.{digits}f}" for value in (found.mean, *ends))
-    return f"{mean} ({' to '.join(interval)})" if interval else mean
+    mean, low, high = (f"{found.mean + sign * (found.half or 0):+.{digits}f}" for sign in (0, -1, 1))
+    return mean if found.half is None else f"{mean} ({low} to {high})"
 
 
 def comparison_cells(found, digits=2):
@@ -315,13 +314,9 @@ DATASET_TABLES = {"table": result_table, "paired-table": difference_table, "nois
                   "shift-table": shift_tables, "response-table": response_tables, "attention-table": attention_tables}
 
 
-def join(tables):
-    return "\n".join(filter(None, tables))
-
-
 def make_tables(dataset, lines):
     """{name: Markdown} of a data set."""
-    tables = {name: join(make(dataset, lines)) for name, make in DATASET_TABLES.items()}
+    tables = {name: "\n".join(filter(None, make(dataset, lines))) for name, make in DATASET_TABLES.items()}
     return {name: table for name, table in tables.items() if table}
 
 
@@ -339,10 +334,10 @@ def comparison_tables(lines_of, compared):
         return paired_table(f"Differences between models in {measure}",
                             {"difference, points": stats.compare(found, more_is_better)}, corner, "the second model")
 
-    return join([
+    return "\n".join(filter(None, [
         table("test accuracy", ["data set", "models"], lambda lines: {"": test_accuracy}, more_is_better=True),
         table("the error under the parts of Gaussian noise, mean over severities", ["data set", "models", "part"],
-              stats.part_errors)])
+              stats.part_errors)]))
 
 
 # What is printed.
@@ -350,7 +345,7 @@ def comparison_tables(lines_of, compared):
 SCREEN, WIDTH = 40, 100  # lines and characters
 OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
 OVERVIEW_PARTS = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
-FEW_SEEDS = "Fewer than six seeds decide nothing: with n seeds p is at least 2 / 2^n, 0.25 with 3, 0.03 with 6."
+FEW_SEEDS = "Fewer than six seeds decide nothing: of n, p is at least 2 / 2^n (six: 0.03). Two have no interval."
 
 
 def overview_rows(dataset, lines):
@@ -373,19 +368,18 @@ def overview_rows(dataset, lines):
 
 
 def overview(lines_of, out):
-    """What is printed of {data set: lines} whose tables are in the folder `out`: a table each, with as many rows as the
-    screen has room for; it holds one more line."""
+    """What is printed of {data set: lines}: of each table in the folder `out` the rows that the screen has room for."""
     tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
     notes = [OVERVIEW_NOTE, *[OVERVIEW_PARTS] * any("fluctuation" in heading for heading, *_ in tables.values())]
-    counts = [found.count for lines in lines_of.values() for found in compare_lines(lines, test_accuracy).values()]
-    notes += [FEW_SEEDS] * (min(counts, default=6) < 6)
+    notes += [FEW_SEEDS] * any(
+        found.count < 6 for lines in lines_of.values() for found in compare_lines(lines, test_accuracy).values())
     for most in range(SCREEN, -1, -1):
         texts = []
         for dataset, (heading, *rows) in tables.items():
             more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
             texts += [heading, *rows[:most], *more, ""] if most else more
         text = "\n".join([*texts, *notes])
-        if text.count("\n") + 2 <= SCREEN:
+        if text.count("\n") + 2 <= SCREEN:  # plot.py prints one more line
             break
     return text
 
@@ -513,8 +507,7 @@ def write_pages(args):
 
 def parse_flags(argv):
     parser = command.Parser("report.py", HELP)
-    parser.add_argument("pages", nargs="*", type=command.usable_path, metavar="PAGE",
-                        default=PAGES,
+    parser.add_argument("pages", nargs="*", type=command.usable_path, metavar="PAGE", default=PAGES,
                         help="a page in Markdown (default: README.md and every README.md in runs/)")
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ from test_train import TINY, assert_one_line, command, needs_cuda, settings_for,
 from vit import MODELS, SelfAttention, ViT, build_model, offers
 
 pytestmark = pytest.mark.usefixtures("small")
-BUDGETS = {"vit": 33_802, "vitbalanced": 55_626, "vitdiff": 38_106, "vitdiffpaper": 33_802, "vitdiffv2": 36_000}
+BUDGETS = dict(vit=33_802, vitbalanced=55_626, vitboth=38_106, vitdiff=38_106, vitdiffpaper=33_802, vitdiffv2=36_000)
 close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 run_benchmark = functools.partial(command, *TINY, main=benchmark.main)
 
@@ -185,7 +185,7 @@ def test_half_precision_lambda():
 
 CONTROLS = {  # {plugin: {name: parameters}}
     "controls/plugin.py": {
-        "vitheads": 33_034, "vitmatched": 37_194, "vitboth": 37_194, "vitsum": 35_210, "vitsumscaled": 35_210,
+        "vitheads": 33_034, "vitmatched": 37_194, "vitsum": 35_210, "vitsumscaled": 35_210,
         "vitdiffabs": 37_290, "vitdiffnonorm": 37_258, "vitcentered": 33_162, "vitheadnorm": 33_066},
     "faults/attention/plugin.py": {"vitdifftokennorm": 37_386, "vitdiffnovember": 37_274}}
 
@@ -194,7 +194,7 @@ CONTROLS = {  # {plugin: {name: parameters}}
 def test_controls(monkeypatch, plugin, name):
     """Each control, and each fault put back, has the parameters that its file says, and computes its formula."""
     monkeypatch.setattr(vit, "MODELS", dict(MODELS))
-    records.execute_plugin(HERE / "runs" / plugin)
+    train.plugins.execute_plugins([HERE / "runs" / plugin])
     assert set(vit.MODELS) - set(MODELS) == set(CONTROLS[plugin])
     model, attention = randomize(build_model(name)), vit.MODELS[name]["attention"]
     assert sum(map(torch.numel, model.parameters())) == CONTROLS[plugin][name]

@@ -23,6 +23,7 @@ import torch
 
 import command
 import gather
+import plugins
 import records
 from command import UserError
 
@@ -187,7 +188,7 @@ def test_gathered_runs_read_the_same(tmp_path):
     source.write_text("")
     write_runs(folder)
     write_run(folder, "vit", 3, settings=ODD, facts={f"{name} fact": value for name, value in ODD.items()})
-    without_checksums(write_run(folder, "vit", 11, settings=dict(plugin=records.execute_plugin(source))))
+    without_checksums(write_run(folder, "vit", 11, settings=dict(plugin=plugins.execute_plugins([source]))))
     before = read(folder)
     assert gather.main([str(folder), "--keep-seed", "0", "1"]) == 0
     assert [path.name for path in records.subfolders(folder)] == [
@@ -351,16 +352,17 @@ def test_gathered_runs_are_not_trained_again(tmp_path):
         folder.mkdir(exist_ok=True)  # an empty folder is no run
 
 
-def test_overwriting(tmp_path):
-    """--overwrite deletes all that a run has left, but none where one of several runs is in use."""
+def test_overwriting(tmp_path, capsys):
+    """--overwrite deletes all that a run has left, and nothing of one that is in use, which is left out."""
     folders = [write_run(tmp_path, seed=seed) for seed in (0, 1)]
     before = sorted(tmp_path.rglob("*.*"))
     request = tmp_path, records.read_config(folders[0])[0], [0, 1], 2, True
     with contextlib.ExitStack() as locks:
-        with command.locked(folders[1]), pytest.raises(UserError, match="seed1 is in use"):
-            records.claim_stacks(locks, *request)
+        with command.locked(folders[1]):
+            assert records.claim_stacks(locks, *request) == [[0]]
+            assert capsys.readouterr().err.count(f"left out: {folders[1]} is in use by another process") == 1
         locks.close()
-        assert sorted(tmp_path.rglob("*.*")) == before
+        assert sorted(tmp_path.rglob("*.*")) == [path for path in before if folders[0] not in path.parents]
         assert records.claim_stacks(locks, *request) == [[0, 1]]
         assert [names_in(folder) for folder in folders] == [[".lock"]] * 2
 
@@ -415,19 +417,18 @@ def test_plugin_is_kept_once(tmp_path):
     """Runs of one plugin share its copy, unless it lies beside them; it is found by its content, not by its name."""
     source, runs = tmp_path / "mine.py", tmp_path / "runs"
     source.write_text("WIDTH = 1\n")
-    setting = records.execute_plugin(source)
+    setting = plugins.execute_plugins([source])
     for folder in (runs / "mnist-vit-seed0", runs / "mnist-vit-seed1"):
         folder.mkdir(parents=True)
-        records.write_config(folder, dict(model="vit", plugin=setting), {}, source)
-        assert records.find_run_plugin(folder, setting).read_text() == "WIDTH = 1\n"
+        records.write_config(folder, dict(model="vit", plugin=setting), {}, [source])
+        assert [path.read_text() for path in plugins.keep_plugins(runs, setting)] == ["WIDTH = 1\n"]
         (kept,) = runs.rglob("*.py")
         assert f"--plugin {kept}\n" in (folder / "args.txt").read_text()
-    assert records.execute_plugin(kept) == setting and records.keep_plugin(tmp_path, setting, source) == source
+    assert plugins.execute_plugins([kept]) == setting and plugins.keep_plugins(tmp_path, setting, [source]) == [source]
     renamed = kept.rename(kept.with_name("renamed.py"))
-    assert records.find_run_plugin(folder, setting) == renamed
+    assert plugins.keep_plugins(runs, setting) == [renamed]
     renamed.write_text("WIDTH = 2\n")
-    with pytest.raises(UserError, match="no copy lies in"):
-        records.find_run_plugin(folder, setting)
+    assert plugins.keep_plugins(runs, setting) == [kept] and not kept.exists()
 
 
 def test_git_commit(tmp_path, monkeypatch):
@@ -437,8 +438,8 @@ def test_git_commit(tmp_path, monkeypatch):
                               capture_output=True, text=True, check=True).stdout.strip()
 
     def commit_of(folder):
-        monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
-        return records.git_commit()
+        monkeypatch.setattr(command, "__file__", str(folder / "command.py"))
+        return command.git_commit()
 
     (tmp_path / "records.py").write_text("one = 1\n")
     git("init", "-q"), git("add", "."), git("commit", "-q", "-m", "first")

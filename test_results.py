@@ -1,24 +1,45 @@
 """The committed runs and the pages about them: what repeats the runs, and that pages say what the runs say."""
 
 import functools
+import hashlib
+import io
 import itertools
 import operator
+import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
+import numpy
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
+import analysis
 import command
+import data
+import gather
+import pictures
 import plot
+import plugins
 import records
 import report
+import stack
 import stats
 import train
-from test_data import HERE
+import vit
+from command import UserError
+from diff_attention import SizeError
+from test_data import HERE, load_splits, mnist
+from test_report import analyse, draw, lines_of, make_parts, make_run, marks, rows_of, style
+from test_train import TINY, small
 from vit import MODELS
 
 RUNS = HERE / "runs"
@@ -45,23 +66,24 @@ def test_reference_settings():
             model, dataset, seed = ([args.model[0], args.dataset[0], args.seed[0]] if argv else
                                     [recorded[name] for name in ("model", "dataset", "seed")])
             resolved = train.resolve_settings(args, model, dataset, seed, torch.device("cpu"))
-            assert stats.settings_beside(resolved, set()) == stats.settings_beside(recorded, set())
+            assert stats.settings_beside(resolved, {"plugin"}) == stats.settings_beside(recorded, {"plugin"})
 
 
 H100, CPU, OLD = ("7a4e73b", "NVIDIA H100 80GB HBM3"), ("7a4e73b", "x86_64"), ("6eff288", "x86_64")  # commit, device
 H200, LATER_CPU = ("f7dba71", "NVIDIA H200"), ("1f67906", "x86_64")
-TEN = range(10)
+TEN, FIVE = range(10), ["vit", "vitbalanced", "vitdiff", "vitdiffpaper", "vitdiffv2"]
 PLACES = [
-    ("reference", MODELS, range(20), BOTH, H100),
+    ("reference", FIVE, range(20), BOTH, H100),
+    ("reference", ["vitboth"], TEN, BOTH, H100),
     ("reference", ["vit", "vitdiff", "vitdiffpaper", "vitdiffv2"], range(8), ["clutteredmnist"], OLD),
     ("reference", ["vit", "vitdiff"], range(3), ["cifar10"], ("3b3c9cc", "x86_64")),
     ("reference", ["vit", "vitdiff"], range(3, 10), ["cifar10"], LATER_CPU),
     ("reference", ["vitdiffv2"], TEN, ["cifar10"], LATER_CPU),
     ("reference", ["vit", "vitdiff"], range(10, 20), ["cifar10"], H200),
     ("reference", ["vitbalanced", "vitdiffpaper"], TEN, ["cifar10"], H200),
-    ("controls", ["vitboth"], range(20), ["cifar10"], H200),
+    ("reference", ["vitboth"], range(20), ["cifar10"], H200),
     ("controls", ["vitheads", "vitmatched"], TEN, ["cifar10"], H200),
-    ("controls", ["vitheads", "vitmatched", "vitboth", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
+    ("controls", ["vitheads", "vitmatched", "vitsumscaled", "vitcentered"], TEN, BOTH, H100),
     ("controls", ["vitsum"], TEN, ["fashionmnist"], H100),
     ("controls", ["vitsum"], TEN, ["mnist"], CPU),
     ("controls", ["vitdiffabs", "vitdiffnonorm", "vitheadnorm"], TEN, BOTH, CPU),
@@ -92,7 +114,7 @@ def test_runs(place):
         settings = reference.settings | changed.get((place, dataset), {})
         assert stats.recipe_of(run) == stats.recipe_of(reference._replace(settings=settings))
         if run.settings["plugin"]:
-            assert RUNS / place in command.find_run_plugin(run.folder, run.settings["plugin"]).parents
+            assert RUNS / place in plugins.keep_plugins(run.folder.parent, run.settings["plugin"])[0].parents
 
 
 def leads_over_the_default(dataset, default, folders, seeds):
@@ -238,3 +260,356 @@ def test_links():
     assert {HERE / name for name in tracked if re.search(r"(mnist|cifar10)-[a-z-]+\.(png|md)$", name)} <= linked
     assert len(tracked) < 420 and {Path(name).parts[1] for name in tracked if name.startswith("runs/")} <= {
         "README.md", "reference", "controls", "brightness", "faults", "trials"}
+
+
+# What people bring: plugins.
+
+PARTED = """
+from pathlib import Path
+from parts import half
+import scale
+def later():
+    import late
+    return late.VALUE
+FIGURES = [scale.SCALE, half.HALF, (Path(__file__).parent / "tables" / "bias.txt").read_text()]
+"""
+FILES = {"mine.py": PARTED, "scale.py": "from deep import SCALE\n", "deep.py": "SCALE = 2\n", "late.py": "VALUE = 9\n",
+         "parts/__init__.py": "", "parts/half.py": "HALF = 1\n", "tables/bias.txt": "b", "data.py": "1 / 0\n",
+         "other.py": "import mine\n", "tables/other.txt": "o", "plugin": "p"}
+NAMED = [*FILES][:7]
+
+
+def write_files(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / "mine.py"
+
+
+def executed(*paths):
+    """The setting of plugins, and of each the module that it was executed as."""
+    setting = plugins.execute_plugins(paths)
+    return setting, *(sys.modules[f"plugin_{part.split()[-1]}"] for part in setting.split(" / "))
+
+
+def test_a_plugin_is_its_folder(tmp_path):
+    """What a plugin imports of its folder, at once, later or by a sibling, and data named beside `__file__`, are kept
+    and part of its digits, nothing else; the program's own modules keep their names."""
+    source, runs = write_files(tmp_path / "a b", FILES), tmp_path / "runs"
+    setting, module = executed(source)
+    assert module.FIGURES == [2, 1, "b"] and sys.modules["data"].__file__ == str(HERE / "data.py")
+    (kept,) = plugins.keep_plugins(runs, setting, [source])
+    assert {path.relative_to(kept.parent).as_posix() for path in kept.parent.rglob("*.*")} == {*NAMED}
+    for name, text in FILES.items():
+        (source.parent / name).write_text(text.replace("= 2", "= 3") + "\n# edited\n")
+        assert (plugins.plugin_setting(source) == setting) == (name not in NAMED)
+        if name == "deep.py":
+            assert executed(source)[1].FIGURES == [3, 1, "b"]
+        (source.parent / name).write_text(text)
+    shutil.rmtree(source.parent)
+    again, module = executed(kept)
+    assert again == setting and module.FIGURES == [2, 1, "b"] and module.later() == 9
+    alone = write_files(tmp_path / "alone", {"mine.py": PARTED.replace("\n", "\r\n"), "data.py": ""})
+    assert plugins.plugin_setting(alone) == f"mine.py {hashlib.sha256(PARTED.encode()).hexdigest()[:12]}"
+    assert {name for name in tracked_files("*.py") if re.fullmatch("(?!test_)[^/]+", name)} <= {*plugins.PROGRAM}
+
+
+WIDER = """
+import scale, vit
+vit.MODELS["wide"] = vit.MODELS.get("wide", vit.MODELS["vit"]) | scale.SIZES
+"""
+
+
+@mock.patch.dict(MODELS)
+def test_several_plugins(tmp_path, monkeypatch, small, capsys):
+    """Plugins of one file name, each with a sibling of one name, are executed in order, each once, and kept. What both
+    make is trained, refused where one was edited, with the path that continues it, and repeated from any folder."""
+    first, second = (write_files(tmp_path / folder, {"mine.py": WIDER, "scale.py": f"SIZES = dict({sizes})\n"})
+                     for folder, sizes in [("1 +", "dim=12, depth=3"), ("2", "dim=8")])
+    where = [*TINY[-3:], "--runs-dir", str(tmp_path / "runs")]
+    flags = [*where, "--epochs", "1", "--model", "wide", "--plugin", str(first), str(second)]
+    assert train.main([*flags, "--plugin", str(first)]) == 0
+    folder = tmp_path / "runs/mnist-wide-seed0"
+    settings, _ = records.read_config(folder)
+    kept = plugins.keep_plugins(folder.parent, settings["plugin"])
+    assert [settings["dim"], settings["depth"]] == [8, 3] and len({*kept}) == 2
+    second.with_name("scale.py").write_text("SIZES = dict(dim=4)\n")
+    assert train.main([*flags[:-2], flags[-1]]) == 2
+    assert f"the kept copy: --plugin {shlex.join(map(str, kept))})" in capsys.readouterr().err
+    for path in (first, second):
+        shutil.rmtree(path.parent)
+    monkeypatch.chdir(tmp_path / "runs")
+    figures = records.read_run(folder).metrics["val_loss"]
+    assert train.main([f"@{folder / 'args.txt'}", *where, "--overwrite"]) == 0
+    assert records.read_run(folder).metrics["val_loss"] == figures
+    assert analysis.main([str(folder), "--device", "cpu"]) == 0
+    gather.gather(tmp_path / "runs")
+    (row,) = records.read_rows(folder.parent).values()
+    assert row.settings["plugin"] == settings["plugin"] and f"--plugin {shlex.join(map(str, kept))} " in row.args
+
+
+def test_a_wrong_attention(tmp_path, capsys):
+    """What the attention of each block is called with is said where it does not take that; bugs keep their traceback.
+    An unknown model is looked for in the project's own plugins."""
+    for attention, wrong in [(torch.nn.MultiheadAttention, "'depth'"), (lambda dim, heads, depth: None, "'qkv_bias'")]:
+        with pytest.raises(SizeError, match=f"attention.dim, num_heads, depth=.*{wrong}"):
+            vit.ViT(attention=attention)
+    source = write_files(tmp_path, {"mine.py": "import scale", "scale.py": "1 +"})
+    with pytest.raises(SyntaxError, match="invalid syntax"):
+        plugins.execute_plugins([source])
+    assert train.main(["--model", "vitheads", "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert "--plugin runs/controls/plugin.py" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_seeds_in_use(tmp_path, small, capsys):
+    """Seeds that another process trains are left to it; where none is left to train that is an error. The folder of a
+    start that was refused does not stay."""
+    flags = [*TINY, "--epochs", "1", "--runs-dir", str(tmp_path), "--seed"]
+    with command.locked(tmp_path / "mnist-vitdiff-seed1"):
+        assert train.main([*flags, "0", "1", "2"]) == 0
+        out, err = capsys.readouterr()
+        assert err.count("seed1 is in use") == 1 and "left to other processes: mnist-vitdiff-seed1\n" in out
+        assert train.main([*flags, "1"]) == 2 and "nothing was trained" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist-vitdiff-seed0", "mnist-vitdiff-seed2"]
+    assert records.read_config(tmp_path / "mnist-vitdiff-seed2")[1]["stack"] == [0, 2]
+    assert train.main([*flags, "0", "1", "2"]) == 0 and records.read_summary(tmp_path / "mnist-vitdiff-seed1")
+
+
+def test_unwritable_cache(monkeypatch, capsys):
+    """A TORCHINDUCTOR_CACHE_DIR that cannot be made keeps nobody from training, and one that cannot be written to is
+    one line where something is compiled."""
+    code = "import stack, torch; torch.optim.AdamW([torch.ones(1)]); print(stack.CACHE_PROBLEM)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                           env=os.environ | dict(TORCHINDUCTOR_CACHE_DIR=os.devnull + "/x"))
+    assert found.stdout == f"{os.devnull}/x cannot be made (Not a directory)\n", found.stderr
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: mock.Mock(side_effect=PermissionError(13, "denied")))
+    for required in (False, True):
+        arguments = None, mock.MagicMock(), torch.zeros(1, 2, 1, 8, 8), dict(amp="off", label_smoothing=0), required
+        with pytest.raises(UserError, match="denied.*TORCHINDUCTOR_CACHE_DIR.*") if required else nullcontext():
+            assert stack.compile_forward(*arguments) is None
+        assert capsys.readouterr().out.count("TORCHINDUCTOR_CACHE_DIR") == (not required)
+
+
+# Data of one's own.
+
+OWN = "--model vit --patch-size 8 --dim 8 --depth 1 --epochs 1 --no-analysis --device cpu --threads 1".split()
+CASES = HERE.parent / "shared/cases"
+RED, WHITE, GREY = (200, 30, 60), (255, 255, 255), (100, 100, 100)
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """A folder of train/ and test/, of two classes: red and grey pictures of 40 x 32 pixels."""
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    monkeypatch.setattr(data, "load_splits", load_splits)  # not that of `small`
+    for part, name, i in itertools.product(("train", "test"), ("rose", "stone"), range(6)):
+        path = tmp_path / "flowers" / part / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), RED if name == "rose" else GREY).save(path)
+    return tmp_path / "flowers"
+
+
+def run_own(main, *flags):
+    return main([str(flag) for flag in flags])
+
+
+def train_own(path, *flags):
+    return run_own(train.main, "--dataset", path, *OWN, "--runs-dir", path.parent / "runs", *flags)
+
+
+def test_pictures_become_pixels():
+    """A picture is turned by its tag, on white where it is transparent, 16 bits as 8, and cut at the centre; resized as
+    by torchvision."""
+    noise = numpy.random.default_rng(0).integers(256, size=(30, 50, 3)).astype(numpy.uint8)
+    picture, both = Image.fromarray(noise), transforms.Compose([transforms.Resize(24), transforms.CenterCrop(24)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = io.BytesIO()
+    picture.save(file, "png", exif=exif)
+    assert (pictures.to_pixels(picture, 24) == numpy.asarray(both(picture))).all()
+    assert (pictures.to_pixels(picture, 30) == noise[:, 10:40]).all()
+    assert (pictures.to_pixels(Image.open(file), 30) == numpy.rot90(noise, -1)[10:40]).all()
+    clear = Image.new("RGBA", (8, 8), (*RED, 0))
+    clear.paste((*RED, 255), (0, 0, 4, 8))
+    deep = Image.fromarray(numpy.full((8, 8), 257 * 77, numpy.uint16))
+    for case, left, right in [(clear, RED, WHITE), (clear.convert("PA"), RED, WHITE), (deep, 3 * [77], 3 * [77]),
+                              (picture.convert("1").point(lambda _: 255), WHITE, WHITE)]:
+        pixels = pictures.to_pixels(case, 8).astype(int)
+        assert abs(pixels[0, 0] - left).max() <= 1 and abs(pixels[0, 7] - right).max() <= 1, case.mode
+    batch = pictures.to_batch(noise[None, :, :30], 30)
+    assert (batch == noise[:, :30]).all() and pictures.to_batch(noise[:, :, 0], 8, "L").shape == (1, 8, 8)
+
+
+def test_folders(flowers):
+    """Classes are folders, in order of their names; the side, the channels and the patch follow from the pictures. Of
+    class folders alone a fifth of each class is the test split; litter is passed over."""
+    for litter in (".DS_Store", "train/Thumbs.db", "train/rose/desktop.ini", "train/rose/._0.png"):
+        (flowers / litter).write_text("litter")
+    assert data.names_of([str(flowers)]) == ["flowers"]
+    splits, row = data.load_splits("flowers", None, torch.device("cpu")), data.DATASETS["flowers"]
+    assert [len(split.labels) for split in splits.values()] == [11, 1, 12]
+    assert row == row | dict(num_classes=2, class_names=["rose", "stone"], image_size=32, in_channels=3)
+    assert data.defaults_of("flowers")["patch_size"] == 4
+    assert (splits["test"].images[:, :, 0, 0] == torch.tensor(6 * [RED] + 6 * [GREY])).all()
+    data.names_of([f"{flowers}/train"], 28)
+    splits = data.load_splits("train", None, torch.device("cpu"))
+    assert [len(split.labels) for split in splits.values()] == [9, 1, 2] and splits["test"].labels.tolist() == [0, 1]
+    assert splits["val"].images.shape == (1, 3, 28, 28)
+    for name in ("rose", "stone"):
+        for path in flowers.glob(f"*/{name}/[0-9].png"):
+            Image.new("L", (9, 9), 50 if name == "rose" else 90).save(path)
+    data.names_of([str(flowers)])
+    splits = data.load_splits("flowers", None, torch.device("cpu"))
+    assert splits["train"].images.shape[1:] == (1, 9, 9) and set(splits["test"].images.flatten().tolist()) == {50, 90}
+
+
+def test_archives_of_pictures(tmp_path, flowers):
+    """An .npz file has its own validation split, and labels (N, 1)."""
+    rng, path = numpy.random.default_rng(0), tmp_path / "tissue.npz"
+    arrays = {f"{part}_images": rng.integers(256, size=(count, 28, 28, 3)).astype(numpy.uint8)
+              for part, count in [("train", 12), ("val", 4), ("test", 6)]}
+    labels = {name.replace("images", "labels"): numpy.arange(len(array))[:, None] % 3 for name, array in arrays.items()}
+    numpy.savez(path, **arrays, **labels)
+    assert data.names_of([str(path)]) == ["tissue"]
+    splits = data.load_splits("tissue", None, torch.device("cpu"))
+    for part, split in splits.items():
+        assert (split.images.permute(0, 2, 3, 1).numpy() == arrays[f"{part}_images"]).all()
+        assert (split.labels.numpy() == labels[f"{part}_labels"][:, 0]).all()
+    assert (data.training_size("tissue"), data.validation_size("tissue")) == (12, 4)
+    before = data.DATASETS["tissue"]["identity"]
+    arrays["test_images"][0, 0, 0] ^= 1
+    numpy.savez(path, **arrays, **labels)
+    data.complete_row(*data.names_of([str(path)]), None)
+    assert before != data.DATASETS["tissue"]["identity"]
+
+
+def wrong_folder(flowers, monkeypatch, case):
+    """Make a folder wrong in some way."""
+    stone = flowers / "test/stone"
+    if case == "no folder":
+        shutil.rmtree(flowers)
+    elif case == "empty":
+        shutil.rmtree(flowers)
+        flowers.mkdir()
+    elif case == "one class":
+        shutil.rmtree(flowers / "train/stone")
+    elif case == "other class":
+        stone.rename(stone.with_name("tree"))
+    elif case == "no pictures":
+        shutil.rmtree(stone)
+        stone.mkdir()
+    elif case == "folders":
+        shutil.copytree(stone, stone / "more")
+    elif case == "one picture":
+        shutil.copytree(flowers / "train", flowers, dirs_exist_ok=True)
+        for path in [*flowers.glob("stone/[1-9].png")]:
+            path.unlink()
+        shutil.rmtree(flowers / "train")
+        shutil.rmtree(flowers / "test")
+    elif case == "text":
+        (stone / "9.txt").write_text("no picture")
+    elif case == "cut":
+        Image.effect_noise((400, 400), 99).save(stone / "9.jpg")
+        (stone / "9.jpg").write_bytes((stone / "9.jpg").read_bytes()[:9000])
+    elif case == "pixel":
+        Image.new("L", (1, 1)).save(stone / "9.png")
+    elif case == "bomb":
+        Image.new("1", (40_000, 40_000)).save(stone / "9.png")
+    elif case == "memory":
+        monkeypatch.setattr(pictures, "free_memory", lambda: 1000)
+    elif case == "name":
+        flowers.rename(flowers.with_name("mnist"))
+        return flowers.with_name("mnist")
+    else:
+        images, labels = numpy.full((12, 8, 8), 255, numpy.uint8), numpy.arange(12) % 2
+        arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+        changes = {"range": dict(train_images=images // 255), "object": dict(train_labels=labels.astype(object)),
+                   "dtype": dict(test_images=images / 255), "validation": dict(val_images=images),
+                   "classes": dict(test_labels=labels + 1), "wide": dict(train_labels=numpy.zeros((12, 14), int))}
+        numpy.savez(path := flowers.with_suffix(".npz"), **arrays | changes.get(case, {}))
+        if case == "archive":
+            path.write_bytes(path.read_bytes()[:500])
+        return path
+    return flowers
+
+
+@pytest.mark.parametrize("case, words", {
+    "no folder": "flowers cannot be read (No such file", "empty": "flowers has no pictures", "one class": "one class, rose",
+    "other class": "test/tree: the class tree", "no pictures": "test/stone has no pictures", "folders": "stone/more is",
+    "one picture": "stone has a single picture", "text": "9.txt is no picture", "cut": "9.jpg cannot be read",
+    "pixel": "9.png cannot be read as a picture (it has 1 x 1", "bomb": "9.png cannot", "memory": "GiB", "name": "mnist",
+    "range": "no value above 1", "object": "Object arrays", "dtype": "test images are float64",
+    "validation": "no val_labels", "classes": "test label 2", "wide": "(12, 14)", "archive": "flowers.npz"}.items())
+def test_wrong_data(flowers, monkeypatch, capsys, case, words):
+    """Each way in which data can be wrong is one line that names the file or the class, before anything is written."""
+    path = wrong_folder(flowers, monkeypatch, case)
+    assert train_own(path) == 2 and not (flowers.parent / "runs").exists()
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and words in line and path.stem in line
+
+
+def test_a_run_on_own_data(flowers, capsys):
+    """A run on one's own data is skipped, analysed, gathered and used; of changed data it is refused."""
+    folder = flowers.parent / "runs/flowers-vit-seed0"
+    assert train_own(flowers) == 0
+    settings, facts = records.read_config(folder)
+    assert settings == settings | dict(dataset="flowers", image_size=32, data=data.DATASETS["flowers"]["identity"]["data"])
+    assert facts == facts | dict(image_size=32, in_channels=3, num_classes=2, class_names=["rose", "stone"],
+                                 mean=data.DATASETS["flowers"]["mean"], data_path=str(flowers))
+    assert run_own(train.main, f"@{folder / 'args.txt'}", "--no-analysis", "--runs-dir", folder.parent) == 0
+    assert "finished before this command: 1 of 1" in capsys.readouterr().out
+    assert run_own(analysis.main, folder, "--device", "cpu") == 0
+    again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[:2])
+    assert again == recorded
+    split = data.load_splits("flowers", None, torch.device("cpu"))["test"]
+    moved = flowers.rename(flowers.with_name("moved"))
+    del data.DATASETS["flowers"]
+    model, prepare, classes = analysis.load_run(folder)
+    with Image.open(moved / "test/rose/0.png") as picture:
+        images = prepare(picture)
+    assert classes == ["rose", "stone"] and not model.training
+    assert torch.allclose(images, prepare(split.images[0].permute(1, 2, 0).numpy()))
+    assert images[0, :, 0, 0].tolist() == pytest.approx([
+        (value / 255 - mean) / std for value, mean, std in zip(RED, facts["mean"], facts["std"])], abs=1e-5)
+    probabilities = model(images).softmax(1)[0].tolist()
+    assert run_own(analysis.main, folder, "--predict", moved / "test/rose/0.png") == 0
+    best, other = sorted(zip(probabilities, classes), reverse=True)
+    assert capsys.readouterr().out == (f"{moved}/test/rose/0.png  {best[1]}  {best[0]:.1%}  (or {other[1]}  "
+                                       f"{other[0]:.1%})\n")
+    assert run_own(analysis.main, folder, "--dataset", moved) == 0
+    Image.new("RGB", (40, 32)).save(moved / "train/rose/0.png")
+    for main, flags, words in [(analysis.main, [folder, "--dataset", moved], "trained on other data"),
+                               (analysis.main, [folder], "flowers cannot be read"),
+                               (analysis.main, [folder, "--predict", __file__], "no picture")]:
+        capsys.readouterr()
+        assert run_own(main, *flags) == 2 and words in capsys.readouterr().err
+    moved.rename(flowers)
+    assert train_own(flowers) == 2 and "has other settings (data is " in capsys.readouterr().err
+    before = records.read_run(folder)
+    shutil.copytree(RUNS / "reference/mnist-vit-seed0", folder.parent / "mnist-vit-seed0")
+    gather.gather(folder.parent)
+    runs = {run.settings["dataset"]: run for run in records.find_runs(folder.parent)[0]}
+    records.check_same(before, runs["flowers"])
+    assert "image_size" not in runs["mnist"].settings
+
+
+def test_committed_runs_in_use():
+    """A committed run, whose facts do not say what a model needs, is used as any other."""
+    run, test = RUNS / "reference/mnist-vit-seed0", mnist()["test"]
+    model, prepare, classes = analysis.load_run(run)
+    answers = model(prepare(test.images[:1000, 0].numpy())).argmax(1)
+    assert (answers == test.labels[:1000]).float().mean() > 0.95 and classes == [*"0123456789"]
+    assert prepare(Image.new("RGB", (90, 60))).shape == (1, 1, 28, 28)
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="no shared cases")
+def test_shared_cases(flowers):
+    """The pictures and the archive that people brought."""
+    data.names_of([str(CASES / "pictures"), str(CASES / "tissue.npz")])
+    for name, sizes, shape, classes in [("pictures", [22, 2, 12], (3, 32, 32), ["circle", "stripe"]),
+                                        ("tissue", [80, 20, 20], (3, 28, 28), ["0", "1", "2"])]:
+        splits = data.load_splits(name, None, torch.device("cpu"))
+        assert [len(splits[part].labels) for part in ("train", "val", "test")] == sizes
+        assert splits["train"].images.shape[1:] == shape and data.facts_of(name)["class_names"] == classes
+    with numpy.load(CASES / "tissue.npz") as arrays:
+        assert (splits["val"].images.permute(0, 2, 3, 1).numpy() == arrays["val_images"]).all()

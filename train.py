@@ -31,6 +31,7 @@ import analysis
 import command
 import data
 import machine
+import plugins
 import records
 import stack
 from command import UserError
@@ -47,8 +48,8 @@ FLAGS = {
         "patch_size": (SIZE, None, "pixels a side"),
         "dim": (SIZE, None, "width of the tokens (default: 32; vitbalanced 48)"),
         "depth": (SIZE, None, "blocks (default: 2)"),
-        "num_heads": (SIZE, None, "heads (default: 2; vitdiffpaper 1)"),
-        "mlp_dim": (SIZE, None, "hidden width of a block's MLP (default: 128)"),
+        "num_heads": (SIZE, None, "heads (default: 2; vitboth 4, vitdiffpaper 1)"),
+        "mlp_dim": (SIZE, None, "hidden width of a block's MLP (default: 128; vitboth 160)"),
         "head_hidden_dim": (command.whole_number(0), None,
                             "hidden width of the classifier, 0 for a linear one (default: 128)"),
         "dropout": (command.PROBABILITY, 0.0, "probability, on the embedded tokens, in the MLPs and on what a block "
@@ -94,11 +95,15 @@ def make_parser(prog="train.py", description=__doc__):
     add("--model", **names, default=["vitdiff"],
         help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
     add("--dataset", **names, default=["mnist"],
-        help=f"{', '.join(data.DATASETS)} or one's own, a row that a plugin adds to DATASETS (default: mnist)")
+        help=f"{', '.join(data.DATASETS)}, or one's own by its path, a folder of pictures or an .npz file, or by a row that "
+             "a plugin adds to DATASETS (default: mnist)")
+    add("--image-size", **command.whole_number(2), help="pixels a side to which pictures given by their path are resized "
+        "(default: their own, if all are square, of one size and at most 64, else 32)")
     add("--seed", **command.whole_number(0, 2**32 - 1), nargs="+", default=[0],
         help="of weights, batch order, augmentation, dropout (default: 0)")
-    add("--plugin", type=command.usable_path, metavar="FILE",
-        help="a Python file to execute first: it may add rows to MODELS and DATASETS or change anything else")
+    add("--plugin", **plugins.FLAG, nargs="+",
+        help="Python files to execute first: they may add rows to MODELS and DATASETS or change anything else; files "
+             "beside them that they import or, by __file__, read are kept with the runs, too")
 
     for title, group in FLAGS.items():
         add = parser.add_argument_group(title).add_argument
@@ -148,9 +153,12 @@ def check_defaults(name):
 def check_flags(args):
     """Raise a UserError for flags that contradict each other or the data set."""
     for name in args.model:
-        command.check_name("model", name, [*MODELS, "all"], "; a model of a plugin needs --plugin FILE")
+        command.check_name("model", name, [*MODELS, "all"], f"; a model of a plugin needs --plugin "
+                           f"{plugins.plugin_with(name)}")
+    args.dataset = data.names_of(args.dataset, args.image_size)
     for name in args.dataset:
-        command.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE")
+        command.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE, and one's own "
+                           "its path")
         data.complete_row(name, args.data_dir)
         if "load" in data.DATASETS[name]:
             check_defaults(name)
@@ -176,7 +184,7 @@ def resolve_settings(args, model, dataset, seed, device, plugin=None):
         values |= data.no_augmentation()
     values |= {setting: value for setting, value in vars(args).items() if value is not None}
     return dict(model=model, dataset=dataset, seed=seed, plugin=plugin) | {name: values[name] for name in SETTINGS} | (
-        dict(amp=machine.resolve_amp(args.amp, device)))
+        dict(amp=machine.resolve_amp(args.amp, device)) | data.DATASETS[dataset].get("identity", {}))
 
 
 # The step.
@@ -353,12 +361,12 @@ def plan_experiments(args, device, plugin):
     """An Experiment for every combination of data set and model, checked as a whole before the first is trained."""
     models = dict.fromkeys(name for given in args.model for name in (MODELS if given == "all" else [given]))
     where = dict(torch=torch.__version__, device=device.type, device_name=machine.name_device(device),
-                 processes=machine.world_size(), git_commit=records.git_commit())
+                 processes=machine.world_size(), git_commit=command.git_commit())
     seeds, experiments = list(dict.fromkeys(args.seed)), []
     for dataset, model in itertools.product(dict.fromkeys(args.dataset), models):
         settings = resolve_settings(args, model, dataset, seeds[0], device, plugin)
         records.check_recordable(settings)
-        facts = stack.measure_model(settings)
+        facts = stack.measure_model(settings) | data.facts_of(dataset)
         size = choose_stack_size(settings, args.stack, len(seeds), device)
         experiments.append(Experiment(settings, facts | where, seeds, size))
     return experiments
@@ -472,10 +480,16 @@ def print_result(folder, width=0):
 
 def print_results(folders, finished_before, runs_dir):
     """After several runs or none the results of all, and the command to draw them."""
+    left = [folder for folder in folders if records.run_state(folder) not in ("finished", "gathered")]
+    if left and len(left) == len(folders) - finished_before:
+        raise UserError(f"nothing was trained, as other processes use {', '.join(map(str, left))}")
     if len(folders) > 1 or finished_before:
         print()
         for folder in folders:
-            print_result(folder, width=max(len(folder.name) for folder in folders))
+            if folder not in left:
+                print_result(folder, width=max(len(folder.name) for folder in folders))
+    if left:
+        print(f"\nleft to other processes: {', '.join(folder.name for folder in left)}")
     if finished_before:
         print(f"\nfinished before this command: {finished_before} of {len(folders)}; --overwrite trains them afresh")
     print(f"\ndraw them: python plot.py {shlex.quote(str(runs_dir))}", flush=True)
@@ -484,7 +498,7 @@ def print_results(folders, finished_before, runs_dir):
 @machine.enough_memory()
 def train_runs(args):
     """Train, test and analyse every combination of data set, model and seed."""
-    plugin = records.execute_plugin(args.plugin) if args.plugin else None
+    plugin = plugins.execute_plugins(args.plugin)
     check_flags(args)
     device = machine.pick_device(args.device)
     machine.connect_ranks(device)

@@ -138,8 +138,8 @@ class ViT(nn.Module):
         dropout: probability, on the embedded tokens, in the MLPs and on what each half of a block adds.
 
     Raises:
-        SizeError: if a size is below 1, the patch does not divide the image or the heads do not divide the width; when
-            called, if the images have another shape.
+        SizeError: if a size is below 1, the patch does not divide the image, the heads do not divide the width, or the
+            attention does not take these arguments; when called, if the images have another shape.
     """
 
     def __init__(self, image_size=28, patch_size=7, in_channels=1, num_classes=10, dim=32, depth=2, num_heads=2,
@@ -161,6 +161,11 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(  # trained from there on
             torch.cat([0.02 * torch.randn(1, dim), sincos2d_pos_embed(side, dim)]).unsqueeze(0))
         self.dropout = nn.Dropout(dropout)
+        try:
+            inspect.signature(attention).bind(dim, num_heads, depth=0, qkv_bias=qkv_bias)
+        except TypeError as error:
+            raise SizeError(f"attention(dim, num_heads, depth=..., qkv_bias=...) is what makes each block's attention, "
+                            f"and this one does not take that: {error}") from None
         self.blocks = nn.ModuleList(
             Block(dim, mlp_dim, attention(dim, num_heads, depth=i, qkv_bias=qkv_bias), dropout)
             for i in range(depth))
@@ -248,6 +253,7 @@ def doubled_diff_attention(dim, num_heads, **kwargs):
 MODELS = {
     "vit": dict(attention=SelfAttention),
     "vitbalanced": dict(attention=SelfAttention, dim=48),
+    "vitboth": dict(attention=SelfAttention, num_heads=4, mlp_dim=160),  # as many maps and parameters as vitdiff
     "vitdiff": dict(attention=doubled_diff_attention),
     "vitdiffpaper": dict(attention=DiffAttention, num_heads=1),
     "vitdiffv2": dict(attention=DiffAttentionV2),

@@ -38,7 +38,6 @@ import vit
 from command import UserError
 from diff_attention import SizeError
 from test_data import HERE, load_splits, mnist
-from test_report import analyse, draw, lines_of, make_parts, make_run, marks, rows_of, style
 from test_train import TINY, small
 from vit import MODELS
 

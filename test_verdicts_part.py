@@ -55,7 +55,7 @@ def test_charts_of_few_seeds():
     three = [analyse(make_run(seed=seed, accuracy=share, errors=dict.fromkeys(
         ["gaussian_noise", *stats.GAUSSIAN_PARTS], [100 * share] * 5)), [5 * share] * 2, share=share - 0.1)
         for seed, share in enumerate([0.1, 0.99, 0.6])]
-    figures = draw(three)
+    figures = draw([*three, analyse(make_run("vitdiff"))])
     for name in ("parameters", "shift", "relevance", "noise", "val-accuracy"):
         for axes in figures[name].axes:
             bounds = [ends[:, name != "shift"] for _, *intervals in marks(axes) for ends in intervals]

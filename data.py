@@ -27,9 +27,9 @@ from records import check, locked
 Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,)
 
 # What each data set is. `source` is torchvision's class; `mean` and `std` are those of the training archive's pixels,
-# from 0 to 1; `class_names` may be left out, where classes are digits; `defaults` has the settings whose default depends
-# on the data set: see defaults_of. Augmentation keeps the class: a mirrored garment is a garment, a mirrored digit is no
-# digit. Rows with canvases follow below.
+# from 0 to 1; `class_names` may be left out, where classes are digits; `defaults` has the settings whose default
+# depends on the data set: see defaults_of. Augmentation keeps the class: a mirrored garment is a garment, a mirrored
+# digit is no digit. Rows with canvases follow below.
 GREY = dict(num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000))  # sizes: images for training and test
 DIGITS = dict(epochs=20, batch_size=128, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7,
               rotation=15.0, scale=0.15, shear=0.15, shift=1.0)
@@ -202,8 +202,7 @@ def add_path(text, image_size, name=None):
         raise UserError(f"{path}: {name} is another data set: rename the folder or file, which names its data set")
     arrays, class_names = pictures.read(path, image_size)
     DATASETS[name] = dict(load=lambda data_dir: arrays, data_path=str(path))
-    if class_names:
-        DATASETS[name]["class_names"] = class_names
+    DATASETS[name] |= dict(class_names=class_names) if class_names else {}
     return name
 
 
@@ -246,7 +245,8 @@ def read_arrays(name, load, data_dir):
     try:
         arrays = load(data_dir)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"data set {name} cannot be read: {type(error).__name__}: {command.first_line(error)}") from None
+        raise UserError(f"data set {name} cannot be read: {error.__class__.__name__}: {command.first_line(error)}"
+                        ) from None
     try:
         check(isinstance(arrays, (tuple, list)) and len(arrays) in (4, 6),
               "load does not return train_images, train_labels, test_images, test_labels")

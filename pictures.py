@@ -14,6 +14,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,8 +33,8 @@ THREADED = 128**2  # pixels a picture, from which on several threads decode fast
 
 
 def read(path, image_size=None):
-    """The data set at a path: train_images, train_labels, test_images, test_labels and, if there are any, val_images and
-    val_labels, a list; and the names of the classes, None where they have none.
+    """The data set at a path: train_images, train_labels, test_images, test_labels and, if there are any, val_images
+    and val_labels, a list; and the names of the classes, None where they have none.
 
     image_size: pixels a side; without it the pictures' own size where all are square, of one size and at most 64, else
         32. Images are uint8 (N, side, side, 3), or (N, side, side) if all are grey.
@@ -87,8 +88,8 @@ def list_classes(folder):
     """{class: its pictures}, of which each has a folder."""
     classes = {entry.name: list_pictures(entry) for entry in list_folder(folder) if entry.is_dir()}
     if not classes:
-        raise UserError(f"{folder} has no pictures in class folders: make a folder for the pictures of each class, there "
-                        "or in train/ and test/ there")
+        raise UserError(f"{folder} has no pictures in class folders: make a folder for the pictures of each class, "
+                        "there or in train/ and test/ there")
     return classes
 
 
@@ -96,8 +97,8 @@ def list_pictures(folder):
     files = list_folder(folder)
     for file in files:
         if file.is_dir():
-            raise UserError(f"{file} is a folder where pictures of a class are expected: class folders lie in the folder "
-                            "that you name, or in train/ and test/ (and val/) there")
+            raise UserError(f"{file} is a folder where pictures of a class are expected: class folders lie in the "
+                            "folder that you name, or in train/ and test/ (and val/) there")
     if not files:
         raise UserError(f"{folder} has no pictures: put those of the class there, or delete the folder")
     return files
@@ -193,6 +194,7 @@ def to_batch(images, side, mode="RGB"):
 def read_archive(path, image_size):
     names = [f"{part}_{what}" for part in PARTS for what in ("images", "labels")]
     try:
+        check(zipfile.is_zipfile(path) or not path.exists(), "it is no zip archive")
         with numpy.load(path, allow_pickle=False) as archive:
             wanted = names if any(name in archive for name in names[4:]) else names[:4]
             missing = [name for name in wanted if name not in archive]
@@ -234,8 +236,8 @@ def check_memory(path, bytes_of_pixels):
     """Raise a UserError unless there is room for so many bytes, which are copied on their way to the model."""
     needed, free = 4 * bytes_of_pixels / 2**30, free_memory() / 2**30
     if needed > free:
-        raise UserError(f"{path} takes {needed:,.1f} GiB of memory to read, and {free:,.1f} GiB are free: give a smaller "
-                        "--image-size, or fewer pictures")
+        raise UserError(f"{path} takes {needed:,.1f} GiB of memory to read, and {free:,.1f} GiB are free: give a "
+                        "smaller --image-size, or fewer pictures")
 
 
 def free_memory():

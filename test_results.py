@@ -1,4 +1,5 @@
-"""The committed runs and the pages about them: what repeats the runs, and that pages say what the runs say."""
+"""The committed runs and the pages about them: what repeats the runs, and that pages say what the runs say. What people
+bring: data of their own, of the room pictures.py, a trained model in use, and plugins, of the room plugins.py."""
 
 import functools
 import hashlib
@@ -261,7 +262,197 @@ def test_links():
         "README.md", "reference", "controls", "brightness", "faults", "trials"}
 
 
-# What people bring: plugins.
+# Data of one's own.
+
+CASES, RED, GREY = HERE.parent / "shared/cases", (200, 30, 60), (100, 100, 100)
+
+
+def own_splits(path, image_size=None):
+    name, = data.names_of([str(path)], image_size)
+    return load_splits(name, None, torch.device("cpu")), data.DATASETS[name]
+
+
+def train_own(path):
+    return train.main(["--dataset", str(path), "--runs-dir", str(path.parent / "runs"), *(
+        "--model vit --patch-size 8 --dim 8 --depth 1 --epochs 1 --threads 1 --no-analysis --device cpu").split()])
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """A folder of train/ and test/, of two classes: red and grey pictures of 40 x 32 pixels."""
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    monkeypatch.setattr(data, "load_splits", load_splits)  # not that of `small`
+    for part, name, i in itertools.product(("train", "test"), ("rose", "stone"), range(6)):
+        path = tmp_path / "flowers" / part / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), RED if name == "rose" else GREY).save(path)
+    return tmp_path / "flowers"
+
+
+@pytest.fixture
+def arrays():
+    """{name: array} of an .npz file of three classes, with a validation split."""
+    images = numpy.random.default_rng(0).integers(256, size=(12, 28, 28, 3)).astype(numpy.uint8)
+    labels = numpy.arange(12)[:, None] % 3
+    return {f"{part}_{what}": array[:count] for part, count in [("train", 12), ("val", 4), ("test", 6)]
+            for what, array in [("images", images), ("labels", labels)]}
+
+
+def test_pictures_become_pixels():
+    """A picture is turned by its tag, on white where it is transparent, 16 bits as 8, and cut at the centre; resized as
+    by torchvision."""
+    noise = numpy.random.default_rng(0).integers(256, size=(30, 50, 3)).astype(numpy.uint8)
+    picture, both = Image.fromarray(noise), transforms.Compose([transforms.Resize(24), transforms.CenterCrop(24)])
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(file, "png", exif=exif)
+    assert (pictures.to_pixels(picture, 24) == numpy.asarray(both(picture))).all()
+    assert (pictures.to_pixels(Image.open(file), 30) == numpy.rot90(noise, -1)[10:40]).all()
+    clear, deep = Image.new("RGBA", (8, 8), (*RED, 0)), Image.fromarray(numpy.full((8, 8), 257 * 77, numpy.uint16))
+    clear.paste((*RED, 255), (0, 0, 4, 8))
+    for case, left, right in [(clear, RED, 255), (clear.convert("PA"), RED, 255), (deep, 77, 77),
+                              (Image.new("1", (8, 8), 1), 255, 255)]:
+        pixels = pictures.to_pixels(case, 8)
+        assert numpy.allclose(pixels[0, 0], left, atol=1) and numpy.allclose(pixels[0, 7], right, atol=1), case.mode
+    assert (pictures.to_batch(noise[None, :, :30], 30) == noise[:, :30]).all()
+
+
+def test_folders(flowers):
+    """Classes are folders; side, channels and patch follow from the pictures. Of class folders alone a fifth of each
+    class is the test split. Litter is passed over."""
+    for litter in (".DS_Store", "train/Thumbs.db", "train/rose/desktop.ini", "train/rose/._0.png"):
+        (flowers / litter).write_text("litter")
+    splits, row = own_splits(flowers)
+    assert [len(split.labels) for split in splits.values()] == [11, 1, 12]
+    assert row == row | dict(num_classes=2, class_names=["rose", "stone"], image_size=32, in_channels=3)
+    assert row["defaults"] == data.DATASETS["cifar10"]["defaults"] | dict(patch_size=4, batch_size=11)
+    assert (splits["test"].images[:, :, 0, 0] == torch.tensor(6 * [RED] + 6 * [GREY])).all()
+    for path in flowers.glob("*/*/[0-9].png"):
+        Image.new("L", (9, 9), 50 if path.parent.name == "rose" else 90).save(path)
+    for image_size, side in [(None, 9), (28, 28)]:
+        splits, _ = own_splits(flowers / "train", image_size)
+        test = splits["test"]
+        assert [len(split.labels) for split in splits.values()] == [9, 1, 2] and test.labels.tolist() == [0, 1]
+        assert test.images.shape == (2, 1, side, side) and test.images.unique().tolist() == [50, 90]
+
+
+def check_archive(path):
+    """The arrays are those of the file, and the validation split is its own; returns the data set's fingerprint."""
+    splits, row = own_splits(path)
+    with numpy.load(path) as expected:
+        for part, (images, labels) in splits.items():
+            assert (images.permute(0, 2, 3, 1).numpy() == expected[f"{part}_images"]).all()
+            assert (labels.numpy() == expected[f"{part}_labels"][:, 0]).all()
+    assert data.validation_size(path.stem) == len(splits["val"].labels) and data.training_size(path.stem) == len(
+        splits["train"].labels)
+    return row["identity"]["data"]
+
+
+def test_archives_of_pictures(flowers, arrays):
+    """An .npz file has a validation split of its own. Other arrays have another fingerprint."""
+    path = flowers.with_suffix(".npz")
+    numpy.savez(path, **arrays)
+    before = check_archive(path)
+    arrays["test_images"][0, 0, 0] ^= 1
+    numpy.savez(path, **arrays)
+    assert check_archive(path) != before
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="not beside the project")
+def test_shared_cases(flowers):
+    splits, row = own_splits(CASES / "pictures")
+    assert check_archive(CASES / "tissue.npz") and row["class_names"] == ["circle", "stripe"]
+    assert [tuple(split.images.shape) for split in splits.values()] == [(n, 3, 32, 32) for n in (22, 2, 12)]
+
+
+WRONG = {  # what the line says, and what is done to test/stone or, in the second half, to the arrays
+    "flowers cannot be read (No such file": lambda folder: shutil.rmtree(folder.parents[1]),
+    "flowers has no pictures": lambda folder: [shutil.rmtree(part) for part in folder.parents[1].iterdir()],
+    "one class, rose": lambda folder: shutil.rmtree(folder.parents[1] / "train/stone"),
+    "test/tree: the class tree": lambda folder: folder.rename(folder.with_name("tree")),
+    "test/stone has no pictures": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "stone/more is a folder": lambda folder: shutil.copytree(folder, folder / "more"),
+    "9.txt is no picture": lambda folder: (folder / "9.txt").write_text("text"),
+    "9.jpg cannot": lambda folder: (Image.effect_noise((400, 400), 99).save(folder / "9.jpg"),
+                                    os.truncate(folder / "9.jpg", 9_000)),
+    "9.png cannot be read as a picture (it has 1 x 1": lambda folder: Image.new("L", (1, 1)).save(folder / "9.png"),
+    "9.ppm cannot": lambda folder: (folder / "9.ppm").write_bytes(b"P6 40000 40000 255 "),
+    "no value above 1": dict(train_images=numpy.ones((12, 28, 28), numpy.uint8)),
+    "Object arrays": dict(train_labels=numpy.array([{}])), "no val_labels": dict(val_labels=None),
+    "are float64": dict(test_images=numpy.ones((6, 9, 9))), "test label 7": dict(test_labels=numpy.full(6, 7)),
+    "(12, 14)": dict(train_labels=numpy.zeros((12, 14), int))}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_data(flowers, arrays, capsys, words):
+    """Each way in which data can be wrong is one line that names the file or the class, before anything is written."""
+    path = flowers
+    if callable(WRONG[words]):
+        WRONG[words](flowers / "test/stone")
+    else:
+        path = flowers.with_suffix(".npz")
+        numpy.savez(path, **{name: array for name, array in (arrays | WRONG[words]).items() if array is not None})
+    assert train_own(path) == 2 and not (flowers.parent / "runs").exists()
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and words in line and "flowers" in line
+
+
+def test_data_that_do_not_fit(flowers, monkeypatch, capsys):
+    """Too little memory, which is said with the figure, and a name that is taken are one line."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "free_memory", lambda: 0)
+        assert train_own(flowers) == 2 and "takes 0.0 GiB of memory" in capsys.readouterr().err
+    assert train_own(flowers.rename(flowers.with_name("mnist"))) == 2 and "rename" in capsys.readouterr().err
+
+
+def test_a_run_on_own_data(flowers, capsys):
+    """A run on one's own data is repeated, analysed, used where the data are gone, and gathered; of changed data it is
+    refused."""
+    folder = flowers.parent / "runs/flowers-vit-seed0"
+    assert train_own(flowers) == 0
+    settings, facts = records.read_config(folder)
+    row = data.DATASETS.pop("flowers")
+    assert settings == settings | dict(dataset="flowers", image_size=32, data=row["identity"]["data"])
+    assert facts == facts | {name: row[name] for name in (
+        "image_size", "in_channels", "num_classes", "class_names", "mean", "std", "data_path")}
+    assert train.main([f"@{folder / 'args.txt'}", "--runs-dir", str(folder.parent)]) == 0
+    assert "finished before this command: 1 of 1" in capsys.readouterr().out
+
+    moved = flowers.rename(flowers.with_name("moved"))
+    model, prepare, classes = analysis.load_run(folder)
+    images = prepare(Image.open(moved / "test/rose/0.png"))
+    assert images[0, :, 0, 0].tolist() == pytest.approx([
+        (value / 255 - mean) / std for value, mean, std in zip(RED, row["mean"], row["std"])], abs=1e-5)
+    (best, name), (other, next_name) = sorted(zip(model(images).softmax(1)[0].tolist(), classes), reverse=True)
+    assert analysis.main([str(folder), "--predict", f"{moved}/test/rose/0.png"]) == 0
+    assert capsys.readouterr().out == f"{moved}/test/rose/0.png  {name}  {best:.1%}  (or {next_name}  {other:.1%})\n"
+
+    where = [str(folder), "--dataset", str(moved)]
+    assert analysis.main(where) == 0
+    again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[:2])
+    assert again == recorded
+    Image.new("RGB", (40, 32)).save(moved / "train/rose/0.png")
+    for flags, words in [(where, "other data"), (where[:1], "flowers cannot be read"),
+                         ([*where, "--predict", __file__], "no picture")]:
+        assert analysis.main(flags) == 2 and words in capsys.readouterr().err
+    assert train_own(moved.rename(flowers)) == 2 and "has other settings (data is " in capsys.readouterr().err
+
+    before = records.read_run(folder)
+    shutil.copytree(RUNS / "reference/mnist-vit-seed0", folder.parent / "mnist-vit-seed0")
+    gather.gather(folder.parent)
+    after = {run.settings["dataset"]: run for run in records.find_runs(folder.parent)[0]}
+    records.check_same(before, after["flowers"])
+    assert "image_size" not in after["mnist"].settings
+
+
+def test_committed_runs_in_use():
+    """A committed run, whose facts do not say what a model needs, is used as any other."""
+    test = mnist()["test"]
+    model, prepare, classes = analysis.load_run(RUNS / "reference/mnist-vit-seed0")
+    answers = model(prepare(test.images[:1_000, 0].numpy())).argmax(1)
+    assert (answers == test.labels[:1_000]).float().mean() > 0.95 and classes == [*"0123456789"]
+    assert not model.training and prepare(Image.new("RGB", (90, 60))).shape == (1, 1, 28, 28)
+
 
 PARTED = """
 from pathlib import Path
@@ -387,228 +578,3 @@ def test_unwritable_cache(monkeypatch, capsys):
         with pytest.raises(UserError, match="denied.*TORCHINDUCTOR_CACHE_DIR.*") if required else nullcontext():
             assert stack.compile_forward(*arguments) is None
         assert capsys.readouterr().out.count("TORCHINDUCTOR_CACHE_DIR") == (not required)
-
-
-# Data of one's own.
-
-OWN = "--model vit --patch-size 8 --dim 8 --depth 1 --epochs 1 --no-analysis --device cpu --threads 1".split()
-CASES = HERE.parent / "shared/cases"
-RED, WHITE, GREY = (200, 30, 60), (255, 255, 255), (100, 100, 100)
-
-
-@pytest.fixture
-def flowers(tmp_path, monkeypatch):
-    """A folder of train/ and test/, of two classes: red and grey pictures of 40 x 32 pixels."""
-    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
-    monkeypatch.setattr(data, "load_splits", load_splits)  # not that of `small`
-    for part, name, i in itertools.product(("train", "test"), ("rose", "stone"), range(6)):
-        path = tmp_path / "flowers" / part / name / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 32), RED if name == "rose" else GREY).save(path)
-    return tmp_path / "flowers"
-
-
-def run_own(main, *flags):
-    return main([str(flag) for flag in flags])
-
-
-def train_own(path, *flags):
-    return run_own(train.main, "--dataset", path, *OWN, "--runs-dir", path.parent / "runs", *flags)
-
-
-def test_pictures_become_pixels():
-    """A picture is turned by its tag, on white where it is transparent, 16 bits as 8, and cut at the centre; resized as
-    by torchvision."""
-    noise = numpy.random.default_rng(0).integers(256, size=(30, 50, 3)).astype(numpy.uint8)
-    picture, both = Image.fromarray(noise), transforms.Compose([transforms.Resize(24), transforms.CenterCrop(24)])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    file = io.BytesIO()
-    picture.save(file, "png", exif=exif)
-    assert (pictures.to_pixels(picture, 24) == numpy.asarray(both(picture))).all()
-    assert (pictures.to_pixels(picture, 30) == noise[:, 10:40]).all()
-    assert (pictures.to_pixels(Image.open(file), 30) == numpy.rot90(noise, -1)[10:40]).all()
-    clear = Image.new("RGBA", (8, 8), (*RED, 0))
-    clear.paste((*RED, 255), (0, 0, 4, 8))
-    deep = Image.fromarray(numpy.full((8, 8), 257 * 77, numpy.uint16))
-    for case, left, right in [(clear, RED, WHITE), (clear.convert("PA"), RED, WHITE), (deep, 3 * [77], 3 * [77]),
-                              (picture.convert("1").point(lambda _: 255), WHITE, WHITE)]:
-        pixels = pictures.to_pixels(case, 8).astype(int)
-        assert abs(pixels[0, 0] - left).max() <= 1 and abs(pixels[0, 7] - right).max() <= 1, case.mode
-    batch = pictures.to_batch(noise[None, :, :30], 30)
-    assert (batch == noise[:, :30]).all() and pictures.to_batch(noise[:, :, 0], 8, "L").shape == (1, 8, 8)
-
-
-def test_folders(flowers):
-    """Classes are folders, in order of their names; the side, the channels and the patch follow from the pictures. Of
-    class folders alone a fifth of each class is the test split; litter is passed over."""
-    for litter in (".DS_Store", "train/Thumbs.db", "train/rose/desktop.ini", "train/rose/._0.png"):
-        (flowers / litter).write_text("litter")
-    assert data.names_of([str(flowers)]) == ["flowers"]
-    splits, row = data.load_splits("flowers", None, torch.device("cpu")), data.DATASETS["flowers"]
-    assert [len(split.labels) for split in splits.values()] == [11, 1, 12]
-    assert row == row | dict(num_classes=2, class_names=["rose", "stone"], image_size=32, in_channels=3)
-    assert data.defaults_of("flowers")["patch_size"] == 4
-    assert (splits["test"].images[:, :, 0, 0] == torch.tensor(6 * [RED] + 6 * [GREY])).all()
-    data.names_of([f"{flowers}/train"], 28)
-    splits = data.load_splits("train", None, torch.device("cpu"))
-    assert [len(split.labels) for split in splits.values()] == [9, 1, 2] and splits["test"].labels.tolist() == [0, 1]
-    assert splits["val"].images.shape == (1, 3, 28, 28)
-    for name in ("rose", "stone"):
-        for path in flowers.glob(f"*/{name}/[0-9].png"):
-            Image.new("L", (9, 9), 50 if name == "rose" else 90).save(path)
-    data.names_of([str(flowers)])
-    splits = data.load_splits("flowers", None, torch.device("cpu"))
-    assert splits["train"].images.shape[1:] == (1, 9, 9) and set(splits["test"].images.flatten().tolist()) == {50, 90}
-
-
-def test_archives_of_pictures(tmp_path, flowers):
-    """An .npz file has its own validation split, and labels (N, 1)."""
-    rng, path = numpy.random.default_rng(0), tmp_path / "tissue.npz"
-    arrays = {f"{part}_images": rng.integers(256, size=(count, 28, 28, 3)).astype(numpy.uint8)
-              for part, count in [("train", 12), ("val", 4), ("test", 6)]}
-    labels = {name.replace("images", "labels"): numpy.arange(len(array))[:, None] % 3 for name, array in arrays.items()}
-    numpy.savez(path, **arrays, **labels)
-    assert data.names_of([str(path)]) == ["tissue"]
-    splits = data.load_splits("tissue", None, torch.device("cpu"))
-    for part, split in splits.items():
-        assert (split.images.permute(0, 2, 3, 1).numpy() == arrays[f"{part}_images"]).all()
-        assert (split.labels.numpy() == labels[f"{part}_labels"][:, 0]).all()
-    assert (data.training_size("tissue"), data.validation_size("tissue")) == (12, 4)
-    before = data.DATASETS["tissue"]["identity"]
-    arrays["test_images"][0, 0, 0] ^= 1
-    numpy.savez(path, **arrays, **labels)
-    data.complete_row(*data.names_of([str(path)]), None)
-    assert before != data.DATASETS["tissue"]["identity"]
-
-
-def wrong_folder(flowers, monkeypatch, case):
-    """Make a folder wrong in some way."""
-    stone = flowers / "test/stone"
-    if case == "no folder":
-        shutil.rmtree(flowers)
-    elif case == "empty":
-        shutil.rmtree(flowers)
-        flowers.mkdir()
-    elif case == "one class":
-        shutil.rmtree(flowers / "train/stone")
-    elif case == "other class":
-        stone.rename(stone.with_name("tree"))
-    elif case == "no pictures":
-        shutil.rmtree(stone)
-        stone.mkdir()
-    elif case == "folders":
-        shutil.copytree(stone, stone / "more")
-    elif case == "one picture":
-        shutil.copytree(flowers / "train", flowers, dirs_exist_ok=True)
-        for path in [*flowers.glob("stone/[1-9].png")]:
-            path.unlink()
-        shutil.rmtree(flowers / "train")
-        shutil.rmtree(flowers / "test")
-    elif case == "text":
-        (stone / "9.txt").write_text("no picture")
-    elif case == "cut":
-        Image.effect_noise((400, 400), 99).save(stone / "9.jpg")
-        (stone / "9.jpg").write_bytes((stone / "9.jpg").read_bytes()[:9000])
-    elif case == "pixel":
-        Image.new("L", (1, 1)).save(stone / "9.png")
-    elif case == "bomb":
-        Image.new("1", (40_000, 40_000)).save(stone / "9.png")
-    elif case == "memory":
-        monkeypatch.setattr(pictures, "free_memory", lambda: 1000)
-    elif case == "name":
-        flowers.rename(flowers.with_name("mnist"))
-        return flowers.with_name("mnist")
-    else:
-        images, labels = numpy.full((12, 8, 8), 255, numpy.uint8), numpy.arange(12) % 2
-        arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-        changes = {"range": dict(train_images=images // 255), "object": dict(train_labels=labels.astype(object)),
-                   "dtype": dict(test_images=images / 255), "validation": dict(val_images=images),
-                   "classes": dict(test_labels=labels + 1), "wide": dict(train_labels=numpy.zeros((12, 14), int))}
-        numpy.savez(path := flowers.with_suffix(".npz"), **arrays | changes.get(case, {}))
-        if case == "archive":
-            path.write_bytes(path.read_bytes()[:500])
-        return path
-    return flowers
-
-
-@pytest.mark.parametrize("case, words", {
-    "no folder": "flowers cannot be read (No such file", "empty": "flowers has no pictures", "one class": "one class, rose",
-    "other class": "test/tree: the class tree", "no pictures": "test/stone has no pictures", "folders": "stone/more is",
-    "one picture": "stone has a single picture", "text": "9.txt is no picture", "cut": "9.jpg cannot be read",
-    "pixel": "9.png cannot be read as a picture (it has 1 x 1", "bomb": "9.png cannot", "memory": "GiB", "name": "mnist",
-    "range": "no value above 1", "object": "Object arrays", "dtype": "test images are float64",
-    "validation": "no val_labels", "classes": "test label 2", "wide": "(12, 14)", "archive": "flowers.npz"}.items())
-def test_wrong_data(flowers, monkeypatch, capsys, case, words):
-    """Each way in which data can be wrong is one line that names the file or the class, before anything is written."""
-    path = wrong_folder(flowers, monkeypatch, case)
-    assert train_own(path) == 2 and not (flowers.parent / "runs").exists()
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: error: ") and words in line and path.stem in line
-
-
-def test_a_run_on_own_data(flowers, capsys):
-    """A run on one's own data is skipped, analysed, gathered and used; of changed data it is refused."""
-    folder = flowers.parent / "runs/flowers-vit-seed0"
-    assert train_own(flowers) == 0
-    settings, facts = records.read_config(folder)
-    assert settings == settings | dict(dataset="flowers", image_size=32, data=data.DATASETS["flowers"]["identity"]["data"])
-    assert facts == facts | dict(image_size=32, in_channels=3, num_classes=2, class_names=["rose", "stone"],
-                                 mean=data.DATASETS["flowers"]["mean"], data_path=str(flowers))
-    assert run_own(train.main, f"@{folder / 'args.txt'}", "--no-analysis", "--runs-dir", folder.parent) == 0
-    assert "finished before this command: 1 of 1" in capsys.readouterr().out
-    assert run_own(analysis.main, folder, "--device", "cpu") == 0
-    again, recorded = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[:2])
-    assert again == recorded
-    split = data.load_splits("flowers", None, torch.device("cpu"))["test"]
-    moved = flowers.rename(flowers.with_name("moved"))
-    del data.DATASETS["flowers"]
-    model, prepare, classes = analysis.load_run(folder)
-    with Image.open(moved / "test/rose/0.png") as picture:
-        images = prepare(picture)
-    assert classes == ["rose", "stone"] and not model.training
-    assert torch.allclose(images, prepare(split.images[0].permute(1, 2, 0).numpy()))
-    assert images[0, :, 0, 0].tolist() == pytest.approx([
-        (value / 255 - mean) / std for value, mean, std in zip(RED, facts["mean"], facts["std"])], abs=1e-5)
-    probabilities = model(images).softmax(1)[0].tolist()
-    assert run_own(analysis.main, folder, "--predict", moved / "test/rose/0.png") == 0
-    best, other = sorted(zip(probabilities, classes), reverse=True)
-    assert capsys.readouterr().out == (f"{moved}/test/rose/0.png  {best[1]}  {best[0]:.1%}  (or {other[1]}  "
-                                       f"{other[0]:.1%})\n")
-    assert run_own(analysis.main, folder, "--dataset", moved) == 0
-    Image.new("RGB", (40, 32)).save(moved / "train/rose/0.png")
-    for main, flags, words in [(analysis.main, [folder, "--dataset", moved], "trained on other data"),
-                               (analysis.main, [folder], "flowers cannot be read"),
-                               (analysis.main, [folder, "--predict", __file__], "no picture")]:
-        capsys.readouterr()
-        assert run_own(main, *flags) == 2 and words in capsys.readouterr().err
-    moved.rename(flowers)
-    assert train_own(flowers) == 2 and "has other settings (data is " in capsys.readouterr().err
-    before = records.read_run(folder)
-    shutil.copytree(RUNS / "reference/mnist-vit-seed0", folder.parent / "mnist-vit-seed0")
-    gather.gather(folder.parent)
-    runs = {run.settings["dataset"]: run for run in records.find_runs(folder.parent)[0]}
-    records.check_same(before, runs["flowers"])
-    assert "image_size" not in runs["mnist"].settings
-
-
-def test_committed_runs_in_use():
-    """A committed run, whose facts do not say what a model needs, is used as any other."""
-    run, test = RUNS / "reference/mnist-vit-seed0", mnist()["test"]
-    model, prepare, classes = analysis.load_run(run)
-    answers = model(prepare(test.images[:1000, 0].numpy())).argmax(1)
-    assert (answers == test.labels[:1000]).float().mean() > 0.95 and classes == [*"0123456789"]
-    assert prepare(Image.new("RGB", (90, 60))).shape == (1, 1, 28, 28)
-
-
-@pytest.mark.skipif(not CASES.exists(), reason="no shared cases")
-def test_shared_cases(flowers):
-    """The pictures and the archive that people brought."""
-    data.names_of([str(CASES / "pictures"), str(CASES / "tissue.npz")])
-    for name, sizes, shape, classes in [("pictures", [22, 2, 12], (3, 32, 32), ["circle", "stripe"]),
-                                        ("tissue", [80, 20, 20], (3, 28, 28), ["0", "1", "2"])]:
-        splits = data.load_splits(name, None, torch.device("cpu"))
-        assert [len(splits[part].labels) for part in ("train", "val", "test")] == sizes
-        assert splits["train"].images.shape[1:] == shape and data.facts_of(name)["class_names"] == classes
-    with numpy.load(CASES / "tissue.npz") as arrays:
-        assert (splits["val"].images.permute(0, 2, 3, 1).numpy() == arrays["val_images"]).all()

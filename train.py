@@ -95,10 +95,10 @@ def make_parser(prog="train.py", description=__doc__):
     add("--model", **names, default=["vitdiff"],
         help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
     add("--dataset", **names, default=["mnist"],
-        help=f"{', '.join(data.DATASETS)}, or one's own by its path, a folder of pictures or an .npz file, or by a row that "
-             "a plugin adds to DATASETS (default: mnist)")
-    add("--image-size", **command.whole_number(2), help="pixels a side to which pictures given by their path are resized "
-        "(default: their own, if all are square, of one size and at most 64, else 32)")
+        help=f"{', '.join(data.DATASETS)}, or one's own by its path, a folder of pictures or an .npz file, or by a row "
+             "that a plugin adds to DATASETS (default: mnist)")
+    add("--image-size", **command.whole_number(2), help="pixels a side to which pictures given by their path are "
+        "resized (default: their own, if all are square, of one size and at most 64, else 32)")
     add("--seed", **command.whole_number(0, 2**32 - 1), nargs="+", default=[0],
         help="of weights, batch order, augmentation, dropout (default: 0)")
     add("--plugin", **plugins.FLAG, nargs="+",
@@ -157,8 +157,8 @@ def check_flags(args):
                            f"{plugins.plugin_with(name)}")
     args.dataset = data.names_of(args.dataset, args.image_size)
     for name in args.dataset:
-        command.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE, and one's own "
-                           "its path")
+        command.check_name("data set", name, data.DATASETS, "; a data set of a plugin needs --plugin FILE, and one's "
+                           "own its path")
         data.complete_row(name, args.data_dir)
         if "load" in data.DATASETS[name]:
             check_defaults(name)

@@ -578,3 +578,127 @@ def test_unwritable_cache(monkeypatch, capsys):
         with pytest.raises(UserError, match="denied.*TORCHINDUCTOR_CACHE_DIR.*") if required else nullcontext():
             assert stack.compile_forward(*arguments) is None
         assert capsys.readouterr().out.count("TORCHINDUCTOR_CACHE_DIR") == (not required)
+
+
+# Attentions that people bring.
+
+class Tied(vit.SelfAttention):
+    def __init__(self, dim, num_heads, depth=0, **more):
+        super().__init__(dim, num_heads, depth, **more)
+        if depth == 0:
+            Tied.shared = self.qkv.weight
+        self.qkv.weight = Tied.shared
+
+
+class Drawn(vit.SelfAttention):
+    """A plain tensor that each seed draws for itself."""
+
+    def __init__(self, dim, num_heads, **more):
+        super().__init__(dim, num_heads, **more)
+        self.features = torch.randn(dim // num_heads, dim // num_heads)
+
+    def project(self, x):
+        q, k, v = super().project(x)
+        return q @ self.features, k, v
+
+
+class Counting(vit.SelfAttention):
+    """Logits that sharpen with a plain counter of training steps."""
+    steps = 0
+
+    def project(self, x):
+        q, k, v = super().project(x)
+        self.steps += self.training
+        return (self.steps + 1) * q, k, v
+
+
+class Running(vit.SelfAttention):
+    """A running mean; persistent or not."""
+
+    def __init__(self, dim, num_heads, persistent=False, **more):
+        super().__init__(dim, num_heads, **more)
+        self.register_buffer("mean", torch.zeros(dim), persistent=persistent)
+
+    def project(self, x):
+        if self.training:
+            self.mean = (self.mean + x.detach().mean((0, 1))) / 2
+        return super().project(x - 50 * self.mean)
+
+
+class Doubled(vit.SelfAttention):
+    """A float64 parameter, as of a number from numpy."""
+
+    def __init__(self, dim, num_heads, **more):
+        super().__init__(dim, num_heads, **more)
+        self.scale = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.double))
+
+
+class Hooked(vit.SelfAttention):
+    def __init__(self, dim, num_heads, **more):
+        super().__init__(dim, num_heads, **more)
+        self.qkv.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+class Branching(vit.SelfAttention):
+    """What meta tensors cannot do."""
+
+    def forward(self, x, keep=None):
+        return super().forward(x, keep) if not torch.isnan(x).any() else x[:, :keep]
+
+
+class Nan(vit.SelfAttention):
+    def attention_map(self, x):
+        return super().attention_map(x) / torch.zeros(())
+
+
+class Mixed(vit.SelfAttention):
+    """A row depends on the other rows, so that a token alone gets something else."""
+
+    def forward(self, x, keep=None):
+        heads = super().forward(x, keep)
+        return heads + heads.mean(1, keepdim=True)
+
+
+class Negated(vit.SelfAttention):
+    """Another forward pass than that of the map and branches that it inherits."""
+
+    def forward(self, x):
+        return self.proj(-x)
+
+
+@pytest.mark.parametrize("attention, flags, status, words", [
+    (Tied, [], 0, ""), (functools.partial(Running, persistent=True), [], 0, "they would share buffers"),
+    (Drawn, [], 0, "would share blocks.0.attn.features"), (Counting, [], 2, "blocks.0.attn.steps"),
+    (Running, [], 2, "blocks.0.attn.mean"), (Doubled, [], 2, "blocks.0.attn.scale is torch.float64"),
+    (Hooked, [], 2, "hook on the parameter blocks.0.attn.qkv.weight"), (Branching, [], 0, ""),
+    (Nan, [], 0, ""), (Nan, ["--analysis"], 2, "attention_map(x) is (2, 2, 5, 5) with nan or inf"),
+    (Mixed, [], 2, "leave keep out"), (Negated, ["--analysis"], 0, "Negated changes forward(x)")])
+def test_attentions_that_people_bring(tmp_path, monkeypatch, small, capsys, attention, flags, status, words):
+    """Two seeds of an attention are trained and tested as the model that was trained, side by side or one by one, or
+    one line says what is wrong, and nothing that was trained is lost."""
+    monkeypatch.setitem(MODELS, "mine", dict(attention=attention))
+    command.say_once.cache_clear()
+    assert train.main([*TINY, *"--depth 2 --epochs 2 --seed 0 1 --model mine --runs-dir".split(), str(tmp_path), *flags]
+                      ) == status
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err and "Traceback" not in printed.err
+    found, _ = records.find_runs(tmp_path)
+    assert len(found) == (2 if status == 0 else 0)
+    for run in found:
+        loaded = stack.StackedModel([stack.load_model(run.folder, run.settings)])
+        splits = data.load_splits("mnist", Path("data"), torch.device("cpu"))
+        for part in ("val", "test"):
+            ((loss, accuracy),) = stack.evaluate(loaded, splits[part], run.settings)
+            assert loss == pytest.approx(run.summary[f"{part}_loss"], rel=1e-5)
+        assert "flops_per_image" in run.facts or attention is Branching
+        assert (run.attention is None) == (not flags or attention is Negated)
+
+
+def test_a_failed_analysis(tmp_path, monkeypatch, small, capsys):
+    """An analysis that fails after the training keeps the test figures, and a line says how to analyse again."""
+    monkeypatch.setitem(analysis.ANALYSES, "noise.csv", analysis.Analysis(lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train.main([*TINY, "--epochs", "1", "--analysis", "--runs-dir", str(tmp_path)])
+    assert f"to analyse: python analysis.py {tmp_path}" in capsys.readouterr().out
+    ((run,), _) = records.find_runs(tmp_path)
+    assert 0 < run.summary["test_accuracy"] < 1 and run.noise is None

@@ -41,6 +41,15 @@ from vit import MODELS, ViT
 # Flags.
 
 SIZE = command.whole_number(1)
+EPILOG = """@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.
+
+On a cluster:
+    an array of jobs may share one --runs-dir, on a file system with locks; give each job its model or data set
+    give a job all seeds of its model: side by side they cost less than one by one
+    a job that was killed is resumed by the same command, and finished runs are skipped
+    a run that another job trains is left to it, and a line says so
+    put the archives into --data-dir beforehand, as nodes may have no network
+    the plugin is copied beside the runs, so that the original may change meanwhile"""
 # The flags of what decides the outcome, by their group in --help: {setting: (what it takes, default, help)}. Without a
 # default it is the model's, or else the data set's.
 FLAGS = {
@@ -88,7 +97,7 @@ def by_dataset(setting):
 def make_parser(prog="train.py", description=__doc__):
     parser = command.Parser(
         prog, description, fromfile_prefix_chars="@", allow_abbrev=False,
-        epilog="@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.")
+        epilog=EPILOG)
 
     add, names = parser.add_argument_group("what to train: every combination of").add_argument, dict(
         nargs="+", metavar="NAME")
@@ -473,9 +482,10 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
 
 
 def print_result(folder, width=0):
-    figures = dict(seconds=math.nan) | records.read_summary(folder)
+    figures = dict(seconds=math.nan, analysis_seconds=0.0) | records.read_summary(folder)
     print(f"{folder.name:{width}}  " + "{parameters:,} parameters  val loss {val_loss:.4f}  test loss {test_loss:.4f} "
-          "accuracy {test_accuracy:.2%}  {seconds:.0f} s".format(**figures), flush=True)
+          "accuracy {test_accuracy:.2%}  {seconds:.0f} s, analysis {analysis_seconds:.0f} s".format(**figures),
+          flush=True)
 
 
 def print_results(folders, finished_before, runs_dir):

@@ -313,9 +313,7 @@ def load_run(folder):
         known, names = settings | facts, ["image_size", "in_channels", "num_classes", *records.MODEL_SETTINGS]
         sizes, classes = {name: known[name] for name in names}, known["class_names"]
         mean, std = (torch.tensor(known[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    model, weights = build_model(settings["model"], **sizes), records.read_checkpoint(folder / "best.pt")
-    with records.reading(folder / "best.pt", RuntimeError):
-        model.load_state_dict(weights)
+    model = stack.load_weights(build_model(settings["model"], **sizes), folder)
 
     def prepare(images):
         side, channels = sizes["image_size"], sizes["in_channels"]

@@ -58,7 +58,11 @@ def make_model(settings):
 
 def load_model(folder, settings):
     """The model of a run with its best weights, on the CPU."""
-    model = make_model(settings)
+    return load_weights(make_model(settings), folder)
+
+
+def load_weights(model, folder):
+    """The model, with the best weights of a run."""
     weights = records.read_checkpoint(folder / "best.pt")
     with records.reading(folder / "best.pt", RuntimeError):
         model.load_state_dict(weights)

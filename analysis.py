@@ -2,13 +2,13 @@
 
     python analysis.py runs/mnist-vitdiff-seed0
 
-tests the run's best weights again, prints the figures beside those recorded, and writes the files of ANALYSES; train.py
-does so at the end of each run. The model is made from config.json, and from the plugin that is kept beside the run.
+tests the best weights of a run again, prints the figures beside those on record, and writes the files of ANALYSES.
+train.py does the same at the end of each run. The model is made from config.json and from the plugin beside the run.
 
     python analysis.py runs/mnist-vitdiff-seed0 --predict *.png
     model, prepare, classes = analysis.load_run("runs/mnist-vitdiff-seed0")
 
-classify pictures: the command prints of each its class, the probability and the second choice.
+classify pictures. The command prints a line for each picture: its class, the probability and the second choice.
 """
 
 import itertools
@@ -50,7 +50,8 @@ def attention_conditions(settings):
 def attention_batches(split, settings, shown, corruption, severity):
     """A split in its own order, by the settings `shown` of attention_conditions: normalised images (B, C, H, W), and
     which of their patches have any of the object, and anything at all before the corruption, (B, P)."""
-    for (first, pixels), alone in zip(data.evaluation_pixels(split, shown), data.object_pixels(split, shown)):
+    objects = data.evaluation_pixels(split, shown | dict(distractors=0))
+    for (first, pixels), (_, alone) in zip(data.evaluation_pixels(split, shown), objects):
         relevant, ink = (data.has_ink(image, settings["patch_size"]) for image in (alone, pixels))
         corrupted = corruptions.corrupt(pixels, corruption, severity, first, split, shown)
         images = data.normalize(corrupted, settings["dataset"])
@@ -385,22 +386,23 @@ def analyse_runs(args):
 
 def add_place_flags(parser):
     parser.add_argument("--device", default="auto", metavar="NAME",
-                        help="cpu, cuda, cuda:1, mps or auto: CUDA, then MPS, then CPU (default: %(default)s)")
-    parser.add_argument("--threads", **command.whole_number(1), help="of the CPU (default: OMP_NUM_THREADS, or as many "
-                        "as other processes leave cores idle; of a run that is resumed as many as it was begun with)")
+                        help="cpu, cuda, cuda:1, mps or auto, which takes CUDA, else MPS, else the CPU (default: "
+                        "%(default)s)")
+    parser.add_argument("--threads", **command.whole_number(1), help="CPU threads (default: OMP_NUM_THREADS, or the "
+                        "number of idle cores; a resumed run keeps its number)")
     parser.add_argument("--data-dir", type=command.usable_folder, default=Path("data"), metavar="DIR",
-                        help="default: %(default)s")
+                        help="where the archives of the data sets are, or are downloaded to (default: %(default)s)")
 
 
 def parse_flags(argv):
     parser = command.Parser("analysis.py", __doc__)
     parser.add_argument("runs", nargs="+", type=command.usable_folder, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--plugin", **plugins.FLAG, nargs=1,
-                        help="in place of the plugin that is kept beside the runs, as when its attention_map was "
-                             "mended; of several each has the flag")
+                        help="use this file instead of the plugin beside the runs, for example with a mended "
+                             "attention_map; repeat the flag for several files")
     parser.add_argument("--predict", nargs="+", type=command.usable_path, metavar="FILE",
-                        help="classify these pictures, and do nothing else")
-    parser.add_argument("--dataset", metavar="PATH", help="where data of one's own lie, if they were moved")
+                        help="only classify these pictures")
+    parser.add_argument("--dataset", metavar="PATH", help="where your own data lie now, if they were moved")
     add_place_flags(parser)
     return parser.parse_args(argv)
 

@@ -3,8 +3,8 @@
     python benchmark.py --model vit vitdiff --seed 0 1 2 3 4
     python benchmark.py --model vit vitdiff --growth
 
-takes the flags of train.py, trains nothing to the end, and writes benchmark.csv or growth.csv, and a table of it in
-Markdown, into --runs-dir. What is compared is timed in turns, as other processes slow everything down for a while.
+takes the flags of train.py and times some training steps. It writes benchmark.csv or growth.csv, and a table of it in
+Markdown, into --runs-dir. Models that are compared take turns, because other processes slow all of them down at times.
 """
 
 import functools
@@ -45,7 +45,7 @@ def make_step(settings, seeds, split, device, compiled):
         raise UserError(f"a batch of {settings['batch_size']} is more than the {len(split.labels)} training images of "
                         f"{settings['dataset']}: give a smaller --batch-size")
     stacked = train.make_stack(settings, seeds, "", device, compiled, required=True)
-    epochs = (train.rank_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
+    epochs = (stack.rank_batches(split, seeds, epoch, settings) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if batch[1].shape[1] == settings["batch_size"])
 
     def step():
@@ -55,29 +55,31 @@ def make_step(settings, seeds, split, device, compiled):
     return step
 
 
-def measure_seconds(function, device):
-    """How long a call takes, what it started on the device included."""
+def measure_seconds(function, device, calls=1):
+    """How long calls of a function take, what they started on the device included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
     wait()
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     wait()
     return time.perf_counter() - start
 
 
 def time_in_turn(functions, device, rounds, calls):
-    """Seconds of every call of each function, which take turns of several calls; the first call of a turn, which finds
-    the caches full of another's data, is not counted."""
+    """Seconds a call of each function, a mean over each of its turns: some steps cut the batches of others, too. The
+    call before those of a turn is not counted, as it finds the caches full of another's data."""
     times = [[] for _ in functions]
     for _ in tqdm(range(rounds), desc="timing", unit=" rounds", leave=False, disable=None):
         for seconds, function in zip(times, functions):
-            seconds += [measure_seconds(function, device) for _ in range(calls)][1:]
+            function()
+            seconds.append(measure_seconds(function, device, calls) / calls)
     return times
 
 
 def benchmark_steps(experiments, splits, device, with_compiled):
-    """Rows of benchmark.csv: each experiment by one seed and, where several are given, by as many side by side as
-    train.py would train; plain and, if so wanted, compiled."""
+    """Rows of benchmark.csv, with the threads that torch now takes: each experiment by one seed and, where several are
+    given, by as many side by side as train.py would train; plain and, if so wanted, compiled."""
     rows, steps, evaluations = [], [], []
     for settings, facts, all_seeds, size in experiments:
         model = stack.StackedModel([stack.make_model(settings).to(device)])
@@ -89,7 +91,8 @@ def benchmark_steps(experiments, splits, device, with_compiled):
             for _ in range(4):  # at the fourth a step is captured
                 measure_seconds(step, device)
             rows.append(dict(
-                dataset=settings["dataset"], model=settings["model"], seeds=len(seeds), compiled=compiled,
+                dataset=settings["dataset"], model=settings["model"], threads=torch.get_num_threads(),
+                seeds=len(seeds), compiled=compiled,
                 batch_size=settings["batch_size"], parameters=facts["parameters"],
                 training_flops_per_image=stack.measure_model(settings, backward=True).get("flops_per_image", math.nan),
                 warm_up_seconds=time.perf_counter() - start))
@@ -116,7 +119,7 @@ def benchmark_steps(experiments, splits, device, with_compiled):
 
 
 STEPS = {  # headings and cells of benchmark.md, by a row of benchmark.csv
-    "model, data set": "{model}, {dataset}", "seeds": "{seeds}", "compiled": "{compiled}",
+    "model, data set": "{model}, {dataset}", "threads": "{threads}", "seeds": "{seeds}", "compiled": "{compiled}",
     "ms a step (10% to 90%)": "{ms_per_step:.1f} ({ms_low:.1f} to {ms_high:.1f})", "ms a seed": "{ms_per_seed:.2f}",
     "relative to one seed, plain": "{relative_to_one_seed:.2f}", "images/s": "{images_per_second:,.0f}",
     "s an epoch": "{epoch_seconds:.1f}", "MFLOPs an image": "{mflops:.2f}", "share of peak": "{share_of_peak:.1%}",
@@ -146,14 +149,15 @@ def benchmark_growth(experiments, splits, device):
             step = make_step(grown, seeds[:1], split, device, compiled=False)
             step()
             row = dict(dataset=settings["dataset"], model=settings["model"],
-                       size="tokens" if size == "patch_size" else size, value=tokens if size == "patch_size" else value)
+                       size="tokens" if size == "patch_size" else size, value=tokens if size == "patch_size" else value,
+                       threads=torch.get_num_threads())
             if device.type == "cuda":
                 row["peak_megabytes"] = peak_memory(step, device) / 2**20
             rows.append(row)
             steps.append(step)
     if not rows:
         raise UserError(f"no image has {MOST_TOKENS} tokens or fewer: give a larger --patch-size")
-    for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=4)):
+    for row, times in zip(rows, time_in_turn(steps, device, rounds=4, calls=8)):
         row["ms_per_step"] = 1e3 * statistics.median(times)
     return rows
 
@@ -203,7 +207,7 @@ def run_benchmark(args):
     splits = {name: data.load_splits(name, args.data_dir, device)
               for name in dict.fromkeys(experiment.settings["dataset"] for experiment in experiments)}
     machine.take_threads(args.threads, device)
-    torch._dynamo.config.recompile_limit = 10 * len(experiments)  # so that all can stay compiled side by side
+    torch._dynamo.config.recompile_limit = 20 * len(experiments)  # so that all can stay compiled side by side
     with records.locked(args.runs_dir):  # from the start, so that no figures are lost at the end
         table = measure(args, experiments, splits, device)
     print(table, end="")
@@ -217,11 +221,15 @@ def measure(args, experiments, splits, device):
     else:
         amp = experiments[0].settings["amp"]
         with_compiled = stack.is_compiled(args.compile, stack.COMPILED_STEPS, device, amp)
-        name, rows = "benchmark", benchmark_steps(experiments, splits, device, with_compiled)
+        name, rows, threads = "benchmark", [], torch.get_num_threads()  # as many as a training takes
+        for count in dict.fromkeys([1, threads]) if device.type == "cpu" else [threads]:
+            torch.set_num_threads(count)
+            rows += benchmark_steps(experiments, splits, device, with_compiled)
         table = steps_table(rows)
-    here = dict(device_name=machine.name_device(device), threads=torch.get_num_threads(), torch=torch.__version__)
-    table += (f"\n{NOTES[name]} Measured on {here['device_name']}, with {here['threads']} threads on the CPU, by "
-              f"torch {here['torch']}.\n")
+    here = dict(device_name=machine.name_device(device), torch=torch.__version__)
+    threads = " and ".join(dict.fromkeys(str(row["threads"]) for row in rows))
+    table += (f"\n{NOTES[name]} Measured on {here['device_name']} by torch {here['torch']}; threads on the CPU: "
+              f"{threads}.\n")
     records.write_csv(args.runs_dir / f"{name}.csv", [row | here for row in rows], number="{:.6g}")
     records.write_whole(args.runs_dir / f"{name}.md", table)
     return table
@@ -229,7 +237,7 @@ def measure(args, experiments, splits, device):
 
 def parse_flags(argv):
     parser = train.make_parser("benchmark.py", __doc__)
-    parser.add_argument("--growth", action="store_true", help="time growing sizes in place of seeds and compilation")
+    parser.add_argument("--growth", action="store_true", help="time growing sizes instead of seeds and compilation")
     return parser.parse_args(argv)
 
 

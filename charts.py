@@ -16,17 +16,6 @@ from matplotlib.patches import Rectangle
 import stats
 from stats import BASELINE, in_print
 
-# A model has the same colour in every chart: self-attention and its controls cool ones, differential attention warm
-# ones. Of Okabe and Ito's and Paul Tol's colours, for colour-blind eyes; markers and dashes, for grey print.
-COLORS = dict(
-    vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
-    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitboth="#7B68EE", vitsumscaled="#66A61E",
-    vitdiffnonorm="#882255", vitcentered="#332288", vitsum="#117733", vitdiffabs="#5B3A1E")
-SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
-DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
-FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
-BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
 # What a chart is drawn with besides matplotlib's own defaults. axes.titley: without it matplotlib searches a place for
 # each title, a tenth of the whole time.
 STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.xmargin": 0.03, "axes.axisbelow": True,
@@ -37,22 +26,6 @@ STYLE = {"font.size": 10, "axes.titlesize": "medium", "axes.titley": 1.0, "axes.
 def house_style():
     """A block that draws by matplotlib's own defaults and ours, whatever the user's matplotlibrc says."""
     return matplotlib.style.context(["default", STYLE])
-
-
-def style_lines(lines, models):
-    """Give each line of a chart the colour of its model, and a style that no other line has: of the first line of a
-    model always the same, before and behind. models: those of all charts."""
-    strangers = [model for model in models if model not in COLORS]
-    colors = COLORS | dict(zip(strangers, itertools.cycle(SPARE_COLORS)))
-    styled, free = [], {}  # the next style of each colour, before and behind
-    for line in lines:
-        color = colors[line.model]
-        place = max(list(colors).index(line.model), free.get((line.front, color), 0))
-        free[line.front, color] = place + 1
-        style = dict(color=color, marker=MARKERS[place % len(MARKERS)],
-                     linestyle=DASHES[place] if place < len(DASHES) else (0, (place, 2, 1, 2)))
-        styled.append(line._replace(style=style | (FRONT if line.front else BEHIND)))
-    return styled
 
 
 # Parts of charts. All sizes are in inches, so that no layout has to be searched for.
@@ -268,10 +241,15 @@ def dashed_note(lines):
     return f"; dashed: {BASELINE}" if any(line.model == BASELINE for line in lines) else ""
 
 
-def brightness_note(before, lines):
-    """What brightness was added in training, after the words `before`; empty if none was."""
-    found = {line.settings.get("brightness") or 0 for line in lines}
-    return f"{before} brightness {' or '.join(map(str, sorted(found)))}" if any(found) else ""
+def training_note(before, lines):
+    """What the runs met in training of the corruptions of the test, by settings that these are called after, such as
+    brightness, after the words `before`; empty if nothing."""
+    names = stats.plain_corruptions(lines[0].runs[0].noise)
+    settings = dict.fromkeys(setting for line in lines for setting in line.settings)
+    met = {setting: {line.settings.get(setting) or 0 for line in lines} for setting in settings
+           if any(name.endswith(setting) for name in names)}
+    texts = [f"{setting} {' or '.join(map(str, sorted(found)))}" for setting, found in met.items() if any(found)]
+    return f"{before} {' and '.join(texts)}" if texts else ""
 
 
 def draw_rows(title, notes, lines, panels, draw, finish, width, columns, legend=()):
@@ -322,7 +300,7 @@ def draw_shift(dataset, lines):
     return draw_rows(
         f"Test error under Gaussian noise on {in_print(dataset)}", [
             "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest",
-            f"mean over severities 1 to {severities}{dashed_note(lines)}{brightness_note('; trained with', lines)}"],
+            f"mean over severities 1 to {severities}{dashed_note(lines)}{training_note('; trained with', lines)}"],
         lines, {heading: [functools.partial(stats.noise_error, names=[name], severities=severities)]
                 for heading, name in panels.items()}, draw_error, show_errors, 2.4, len(panels))
 
@@ -406,12 +384,10 @@ def draw_severities(title, choose, dataset, lines):
     names = choose(shared)
     if not names:
         return None
-    cluttered = any(line.settings.get("distractors") for line in lines)
-    met = f"trained with{' distractors and no other' if cluttered else 'out'} corruption"
     columns = min(3, len(names))
     figure, grid = new_figure(
         f"Test error by severity of {title} on {in_print(dataset)}",
-        [met + brightness_note(", except for", lines), what_is_shown(lines)], (3.1, 2.2),
+        ["trained without corruption" + training_note(", except for", lines), what_is_shown(lines)], (3.1, 2.2),
         (ceil(len(names) / columns), columns), legend=texts_of(lines))
     for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
         if not name:
@@ -470,7 +446,7 @@ def draw_maps(dataset, lines):
     if not lines:
         return None
     images, _ = lines[0].runs[0].maps
-    lines = stats.keep_runs(lines, lambda run: numpy.array_equal(run.maps[0], images))  # canvases may differ
+    lines = stats.keep_runs(lines, lambda run: numpy.array_equal(run.maps[0], images))  # not all show the same
     runs = {line.label: line.runs[0] for line in lines}
     heads = max(run.maps[1].shape[1] for run in runs.values())
     images = images[:max(1, 8 // heads)]

@@ -324,6 +324,12 @@ def parse_csv(text):
     return columns, [{column: cell for column, cell in zip(columns, row) if cell} for row in rows]
 
 
+def read_csv(path, **options):
+    """What parse_csv makes of a file; options: of `reading`."""
+    with reading(path, **options):
+        return parse_csv(path.read_text("utf-8"))
+
+
 def numbers(rows, column, low=-1e30, high=1e30):
     """The numbers in a column, each of which has to be there, and from low to high."""
     try:

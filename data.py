@@ -1,4 +1,4 @@
-"""What the models see: data sets and their splits, augmentation, canvases, batches. corruptions.py spoils test images.
+"""What the models see: data sets and their splits, augmentation, batches. corruptions.py spoils test images.
 
 A split lies on the device as a whole, in bytes, and batches are cut, augmented and normalised there. Images are
 square. Random numbers are drawn on the CPU, so that they are the same on every device; `draws` are from 0 to 1.
@@ -29,7 +29,7 @@ Split = namedtuple("Split", "images labels")  # uint8 (N, C, H, W) and int64 (N,
 # What each data set is. `source` is torchvision's class; `mean` and `std` are those of the training archive's pixels,
 # from 0 to 1; `class_names` may be left out, where classes are digits; `defaults` has the settings whose default
 # depends on the data set: see defaults_of. Augmentation keeps the class: a mirrored garment is a garment, a mirrored
-# digit is no digit. Rows with canvases follow below.
+# digit is no digit.
 GREY = dict(num_classes=10, image_size=28, in_channels=1, sizes=(60_000, 10_000))  # sizes: images for training and test
 DIGITS = dict(epochs=20, batch_size=128, lr=6e-3, muon_lr=5e-3, weight_decay=0.1, patch_size=7,
               rotation=15.0, scale=0.15, shear=0.15, shift=1.0)
@@ -55,7 +55,7 @@ EVALUATION_BATCH = 1_000
 
 def defaults_of(dataset):
     """{setting: the data set's default of its flag}. An augmentation that its row does not name is off."""
-    return no_augmentation() | dict(distractors=0) | DATASETS[dataset]["defaults"]
+    return no_augmentation() | DATASETS[dataset]["defaults"]
 
 
 def facts_of(dataset):
@@ -77,8 +77,7 @@ def generator_of(*key):
 # From archives to splits.
 
 def load_splits(name, data_dir, device):
-    """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}. Of a cluttered data set
-    these are the images that are put on canvases.
+    """The data set's splits on the device: {"train": Split, "val": Split, "test": Split}.
 
     The validation images, unless the data set has some, are drawn from the training archive by a generator of fixed
     seed: the same for every model and seed.
@@ -340,7 +339,7 @@ def brighten(pixels, amount):
 # An augmentation of training images is a setting, its strength, of which 0 is none. `flag` and `help` are what train.py
 # makes a flag of. draw(shape, generator=generator), such as torch.randn, draws the numbers (B, ...) for pixels of shape
 # (B, C, H, W); apply(pixels, strength, numbers) augments pixels from 0 to 255 by them. Rows without functions are what
-# `move` does, all at once and before an image is put on a canvas.
+# `move` does, all at once and first.
 Augmentation = namedtuple("Augmentation", "flag help draw apply", defaults=(None, None))
 AUGMENTATIONS = {
     "rotation": Augmentation(command.RATE, "maximum angle in degrees"),
@@ -391,8 +390,10 @@ def paste(pixels, pieces, top, left):
 
 
 # Canvases: cluttered data sets have each image somewhere on a larger canvas, with fragments of others (`distractors` of
-# them), as in Mnih et al. 2014 (arXiv 1406.6247); `object_size` is the image's own size. What is augmented is the
-# image; the canvases are new in every epoch, and without affine maps of the images on them `vit` learns faster.
+# them), as in Mnih et al. 2014 (arXiv 1406.6247); `object_size` is the image's own size. Their splits are the images:
+# what is moved is the image, which is then put on a canvas. Canvases are new in every training epoch, and the same
+# whenever a split is evaluated, where those with more distractors have the same ones and more. Without affine maps of
+# the images on them `vit` learns faster.
 
 FRAGMENT = 8  # pixels a side of a distractor
 CANVAS = dict(image_size=60, object_size=28, defaults=dict(
@@ -422,11 +423,6 @@ def clutter(images, index, draws, split, dataset):
     return add_fragments(paste(canvas, images.unsqueeze(1), top, left), index, draws[:, 2:], split, FRAGMENT)
 
 
-def object_pixels(split, settings):
-    """The same images as evaluation_pixels, with the object alone: no distractors."""
-    return (pixels for _, pixels in evaluation_pixels(split, settings | dict(distractors=0)))
-
-
 # Training batches.
 
 def epoch_batches(split, seeds, epoch, settings):
@@ -442,8 +438,8 @@ def epoch_batches(split, seeds, epoch, settings):
 
 
 def draw_epoch(seeds, epoch, split, settings):
-    """Each seed's order of the images (S, N); the numbers for `move` and `clutter` (S, N, R), and generators of those
-    of the other augmentations that are on, {name: one for each seed}."""
+    """Each seed's order of the images (S, N); the numbers of what is done first (S, N, R), and generators of those of
+    the other augmentations that are on, {name: one for each seed}."""
     count, device = len(split.labels), split.labels.device
     first = [generator_of(seed, epoch, "order and augmentation") for seed in seeds]
     order = draw_for_seeds(torch.randperm, count, first)
@@ -488,11 +484,7 @@ def pixel_statistics(dataset, device):
 # Evaluation batches.
 
 def evaluation_pixels(split, settings):
-    """A split in its own order: pairs of the number of the first image and pixels (B, C, H, W) from 0 to 255.
-
-    The canvases of a cluttered data set are the same at every call, and those with more distractors have the same
-    ones and more.
-    """
+    """A split in its own order: pairs of the number of the first image and pixels (B, C, H, W) from 0 to 255."""
     count, device, generator = len(split.labels), split.labels.device, generator_of("canvases")
     draws = [torch.rand(count, width, generator=generator) for width in canvas_draws(settings)]
     draws = torch.cat(draws, 1).to(device)
@@ -509,8 +501,8 @@ def evaluation_batches(split, settings):
 
 
 def cache_sized(images, *tensors):
-    """A batch to be evaluated, on a CPU cut into parts of 200,000 numbers: they fit its caches, without which canvases
-    take twice the time, and to start the operations takes little of it."""
+    """A batch to be evaluated, on a CPU cut into parts of 200,000 numbers: they fit its caches, without which larger
+    images take twice the time, and to start the operations takes little of it."""
     count = max(1, 200_000 // images[0].numel()) if images.device.type == "cpu" else EVALUATION_BATCH
     return zip(*(tensor.split(count) for tensor in (images, *tensors)))
 

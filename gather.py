@@ -2,8 +2,8 @@
 
     python gather.py runs/ --keep-seed 0
 
-Weights and maps are kept by the runs that stay folders. Killed at any moment it leaves each run in its folder, in the
-tables or in both, and the same command goes on: runs.csv is written last, and what it names is then deleted.
+Then it deletes the folders of these runs, with their weights and maps, except for the seeds of --keep-seed. If it is
+killed, no run is lost: run the same command again. The tables are written before a folder is deleted.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 import sys
 
 import command
-from command import UserError, locked, parse_csv, read_json, read_text, write_csv, writing
+from command import UserError, locked, read_csv, read_json, write_csv, writing
 from plugins import keep_plugins
 from records import (FILES, TABLES, check_same, checksum_of, from_cell, make_flags, read_rows, read_run, read_table,
                      read_tables, run_state, subfolders)
@@ -63,7 +63,7 @@ def rows_of(run):
     rows = {"runs.csv": [cells]}
     for path in (run.folder / table for table in TABLES[1:]):
         if path.exists():
-            _, rows[path.name] = parse_csv(read_text(path))
+            _, rows[path.name] = read_csv(path)
     cells["checksum"] = checksum_of(rows)
     return rows
 
@@ -138,9 +138,9 @@ def gather(folder, keep_seeds=()):
 
 def parse_flags(argv):
     parser = command.Parser("gather.py", __doc__)
-    parser.add_argument("folder", type=command.usable_folder, metavar="FOLDER", help="the folder that the runs lie in")
+    parser.add_argument("folder", type=command.usable_folder, metavar="FOLDER", help="a folder of runs")
     parser.add_argument("--keep-seed", nargs="+", type=int, default=[], metavar="N", dest="keep_seeds",
-                        help="leave the runs of these seeds as folders, with weights and maps")
+                        help="also keep the runs of these seeds as folders, with weights and maps")
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,11 @@ import command
 from command import UserError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products on CUDA repeat; read at the first alone
+try:  # without a folder for compiled code even the optimizers of torch cannot be imported
+    os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
+    CACHE_PROBLEM = None
+except OSError as error:
+    CACHE_PROBLEM = f"{os.environ.pop('TORCHINDUCTOR_CACHE_DIR')} cannot be made ({error.strerror})"
 # What torch.compile says on a machine without a card, and what torch says of its own use of its own functions.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda line: "No CUDA runtime is found" not in line.msg)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")

@@ -50,6 +50,19 @@ def orthogonalize_in_batches(matrices):
     return result
 
 
+def update_matrices(weights, gradient, average, lr, weight_decay, momentum, shapes):
+    """A step of Muon, in place: weights, their gradient and its moving average (S, P); each row has matrices of these
+    shapes (m, n), one after the other."""
+    average.lerp_(gradient, 1 - momentum)
+    update = gradient.lerp(average, momentum)
+    pieces = update.split([rows * columns for rows, columns in shapes], dim=1)
+    pieces = [piece.view(-1, *shape) for piece, shape in zip(pieces, shapes)]
+    updates = (orthogonalize_in_batches if weights.is_cuda else orthogonalize)(pieces)
+    update = torch.cat([((m / n) ** 0.5 * matrix if m > n else matrix).flatten(1)
+                        for matrix, (m, n) in zip(updates, shapes)], dim=1)
+    weights.mul_(1 - lr * weight_decay).sub_(lr * update)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for one parameter (S, P), and an AdamW for others.
 
@@ -68,7 +81,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, shapes, lr, weight_decay, momentum=0.95, adamw=None):
         super().__init__([matrices], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.shapes = [(rows, math.prod(columns)) for rows, *columns in shapes]
-        self.adamw = adamw
+        self.update, self.adamw = update_matrices, adamw
         if adamw:
             self.param_groups += adamw.param_groups
             adamw.state = self.state
@@ -78,19 +91,21 @@ class Muon(torch.optim.Optimizer):
         if self.adamw:
             self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
-    @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        (matrices,) = group["params"]
+        (matrices,) = self.param_groups[0]["params"]
         if "momentum_buffer" not in self.state[matrices]:
             self.state[matrices]["momentum_buffer"] = torch.zeros_like(matrices)
-        average = self.state[matrices]["momentum_buffer"].lerp_(matrices.grad, 1 - group["momentum"])
-        update = matrices.grad.lerp(average, group["momentum"])
-        pieces = update.split([rows * columns for rows, columns in self.shapes], dim=1)
-        pieces = [piece.view(-1, *shape) for piece, shape in zip(pieces, self.shapes)]
-        updates = (orthogonalize_in_batches if matrices.is_cuda else orthogonalize)(pieces)
-        update = torch.cat([((m / n) ** 0.5 * matrix if m > n else matrix).flatten(1)
-                            for matrix, (m, n) in zip(updates, self.shapes)], dim=1)
-        matrices.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+        self.step_matrices(self.update, matrices.detach(), matrices.grad, self.state[matrices]["momentum_buffer"])
         if self.adamw:
             self.adamw.step()
+
+    @torch.no_grad()
+    def step_matrices(self, update, *tensors):
+        group = self.param_groups[0]
+        update(*tensors, group["lr"], group["weight_decay"], group["momentum"], self.shapes)
+
+    def compile(self):
+        """Have torch.compile make the update of the matrices faster, tried on zeros; raises what it raises."""
+        update = torch.compile(update_matrices, dynamic=False)
+        self.step_matrices(update, *(torch.zeros_like(self.param_groups[0]["params"][0]) for _ in range(3)))
+        self.update = update

@@ -1,13 +1,12 @@
-"""Charts and tables of what train.py has recorded, and one page that shows them all: one's own runs, in front of the
-reference runs.
+"""Draw charts and tables of runs, and one page that shows them all, with your own runs in front of the reference runs.
 
     python plot.py runs/
 
-draws the finished runs that lie directly in each folder named and, thin and muted behind them, those of its `reference`
-folder; for a data set of which the folder has no run of its own, the reference is the chart. Runs that differ in their
-seed alone are one line, their mean. Needs neither torch nor data. Prints a short table a data set, and writes into
-runs/report/ the charts, DATASET-CHART.png, the tables, DATASET-TABLE.md and, with --compare, comparisons.md, and
-index.html, the page.
+draws the finished runs of each folder that is named. The runs of its `reference` folder are drawn behind them, thin and
+muted, or alone for a data set of which the folder has no other run. Runs that differ in their seed alone are one line,
+their mean. The command needs neither torch nor data. It prints a short table for each data set, and writes these files
+into runs/report/: index.html, the page; charts, DATASET-CHART.png; tables, DATASET-TABLE.md; with --compare
+comparisons.md.
 """
 
 import functools
@@ -81,8 +80,8 @@ CHARTS = {
 TABLES = {"table": ACCURATE, "paired-table": ACCURATE, "noise-table": ROBUST, "shift-table": ROBUST, "runs": TRAINED}
 # The question of each table; that of others is WHY.
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>What the runs show</title>
 <style>
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #fff; --rule: #d0d7de; --link: #0b57a4 }
@@ -148,7 +147,7 @@ def chart_to_html(name, file_format, caption):
     file, text = quote(f"{name}.{file_format}"), html.escape(name)
     if file_format != "pdf":
         size = {"png": "1.5625x", "svg": "1x"}[file_format]  # of 150 dots an inch, where a page has 96
-        text = f'<picture><source srcset="{file} {size}"><img src="{file}" alt="{text}"></picture>'
+        text = f'<picture><source srcset="{file} {size}"/><img src="{file}" alt="{text}"/></picture>'
     return f'<figure><a href="{file}">{text}</a><figcaption>{caption}</figcaption></figure>'
 
 
@@ -200,6 +199,37 @@ def write_charts(out, file_format, lines_of):
     return [(dataset, name) for (dataset, _, name), is_written in zip(wanted, written) if is_written]
 
 
+# The lines of charts.
+
+# A model has the same colour in every chart: self-attention and its controls cool ones, differential attention warm
+# ones. Of Okabe and Ito's and Paul Tol's colours, for colour-blind eyes; markers and dashes, for grey print.
+COLORS = dict(
+    vit="#000000", vitbalanced="#56B4E9", vitdiff="#D55E00", vitdiffpaper="#E69F00", vitdiffv2="#AA4499",
+    vitheads="#0072B2", vitmatched="#44AA99", vitheadnorm="#7F7F7F", vitboth="#7B68EE", vitsumscaled="#66A61E",
+    vitdiffnonorm="#882255", vitcentered="#332288", vitsum="#117733", vitdiffabs="#5B3A1E")
+SPARE_COLORS = ["#009E73", "#CC79A7", "#6699CC", "#997700", "#CC6677", "#004488"]  # of models not of this project
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
+DASHES = ["-", (0, (6, 2)), (0, (4, 1, 1, 1)), (0, (1, 1)), (0, (3, 1)), (0, (8, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1))]
+FRONT = dict(linewidth=1.7, markersize=5, alpha=1.0, zorder=3)
+BEHIND = dict(linewidth=0.9, markersize=3.5, alpha=0.45, zorder=2)
+
+
+def style_lines(lines, models):
+    """Give each line of a chart the colour of its model, and a style that no other line has: of the first line of a
+    model always the same, before and behind. models: those of all charts."""
+    strangers = [model for model in models if model not in COLORS]
+    colors = COLORS | dict(zip(strangers, itertools.cycle(SPARE_COLORS)))
+    styled, free = [], {}  # the next style of each colour, before and behind
+    for line in lines:
+        color = colors[line.model]
+        place = max(list(colors).index(line.model), free.get((line.front, color), 0))
+        free[line.front, color] = place + 1
+        style = dict(color=color, marker=MARKERS[place % len(MARKERS)],
+                     linestyle=DASHES[place] if place < len(DASHES) else (0, (place, 2, 1, 2)))
+        styled.append(line._replace(style=style | (FRONT if line.front else BEHIND)))
+    return styled
+
+
 def find_references(folders):
     """The folders called reference in these folders, without those that are themselves among them."""
     named = {folder.resolve() for folder in folders}
@@ -230,7 +260,7 @@ def find_lines(args):
     if left_out:
         print(f"left out: what {left_out} runs did under noise of other amounts than the first run's", file=sys.stderr)
     models = sorted({line.model for line in lines})
-    return {dataset: charts.style_lines(found, models) for dataset, found in lines_of.items()}
+    return {dataset: style_lines(found, models) for dataset, found in lines_of.items()}
 
 
 def check_pairs(pairs, lines_of):
@@ -271,15 +301,15 @@ def parse_flags(argv):
     parser.add_argument("folders", nargs="*", type=command.usable_folder, default=[Path("runs")], metavar="FOLDER",
                         help="a folder of runs (default: runs)")
     parser.add_argument("--out", type=command.usable_folder, metavar="DIR",
-                        help="where to write (default: into the folder report of the first folder)")
+                        help="where to write (default: the folder report in the first folder)")
     parser.add_argument("--format", choices=["png", "svg", "pdf"], default="png", help="default: %(default)s")
     parser.add_argument("--no-reference", dest="reference", action="store_false",
                         help="do not draw the folders' reference runs")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("MODEL", "OTHER"),
-                        help="compare two models seed by seed; given several times, p is corrected for all of them, "
-                        "on all data sets")
-    parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw the runs of these seeds alone")
-    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="draw the runs on these data sets alone")
+                        help="compare two models seed by seed; repeat the flag for several pairs, and p is "
+                        "corrected for all pairs and data sets")
+    parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="draw only the runs of these seeds")
+    parser.add_argument("--dataset", nargs="+", metavar="NAME", help="draw only the runs on these data sets")
     return parser.parse_args(argv)
 
 

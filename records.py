@@ -22,8 +22,8 @@ import numpy
 
 from command import (NAME, Damaged, InUse, UserError, check, check_count, file_checksum, group_by, is_finite,
                      json_checksum, locked, make_folder, need, numbers, parse_csv, read_arrays, read_checkpoint,
-                     read_json, read_text, reading, say_once, write_arrays, write_checkpoint, write_csv, write_json,
-                     write_whole)
+                     read_csv, read_json, read_text, reading, say_once, write_arrays, write_checkpoint, write_csv,
+                     write_json, write_whole)
 from plugins import from_anywhere, keep_plugins
 
 MODEL_SETTINGS = ["patch_size", "dim", "depth", "num_heads", "mlp_dim", "head_hidden_dim", "dropout"]
@@ -250,8 +250,7 @@ def read_run(folder):
     rows = {}
     for path in (folder / name for name in TABLES[1:]):
         if path.name == "metrics.csv" or exists(path):
-            with reading(path):
-                _, rows[path.name] = parse_csv(path.read_text("utf-8"))
+            _, rows[path.name] = read_csv(path)
     maps = read_maps(folder) if exists(folder / "attention.npz") else None
     summary = read_figures(folder, CHECKED)  # last, as gather deletes it first: if it is there, the rest was whole
     return make_run(folder, settings, facts, summary, rows, folder, maps)

@@ -16,7 +16,7 @@ from pathlib import Path
 import command
 import records
 import stats
-from command import UserError, parse_csv, read_text, reading, write_whole
+from command import UserError, read_csv, read_text, reading, write_whole
 from stats import BASELINE, compare_lines, error_under, in_print, keep_runs, part_of, readable, test_accuracy
 
 VIT = f"`{BASELINE}`"
@@ -38,8 +38,7 @@ RESPONSE_NOTE = (
 @functools.cache
 def rows_of(path):
     """The rows of a CSV file, {column: text of a cell}."""
-    with reading(path, advice=records.ORIGINAL):
-        return parse_csv(read_text(path))[1]
+    return read_csv(path, advice=records.ORIGINAL)[1]
 
 
 def published_accuracy(run):
@@ -238,7 +237,7 @@ def noise_tables(dataset, lines):
 def shift_tables(dataset, lines):
     """The mean test error under each noise and each of its parts, and the paired differences, also by severity."""
     shared, severities = stats.shared_corruptions(lines)
-    if not stats.gaussian_parts(shared):
+    if not stats.part_errors(lines):
         return
     lines, names = keep_runs(lines, lambda run: run.noise), stats.noise_parts(shared)
     gaussian = [name for name in names if part_of(name)[0] == "gaussian_noise"]
@@ -389,10 +388,10 @@ def overview(lines_of, out):
 RUNS = Path(__file__).parent / "runs"
 HELP = """Write the numbers in the tables of README.md and of the pages in runs/, from the recorded runs.
 
-A table stands between <!-- table: WORDS --> and <!-- end of table -->. Its headings stay as they are written. A cell is
-what WORDS and the headings of its row and column say, with commas between words: the data set, the model, the figure,
-what the images went through, the seeds ("seeds 0 to 4"), the folder in runs/. "vitdiff - vit" is the difference between
-two models, seed by seed, "brightness - reference" that between two folders. Nothing else in a page is changed."""
+A table stands between <!-- table: WORDS --> and <!-- end of table -->. You write its headings. WORDS and the headings
+of a row and column say what their cell is, with commas between words: the data set, the model, the figure, the
+corruption of the images, the seeds ("seeds 0 to 4"), the folder in runs/. "vitdiff - vit" is the difference between
+two models, seed by seed. "brightness - reference" is the difference between two folders. Nothing else is changed."""
 PAGES = [*RUNS.parent.glob("README.md"), *sorted(RUNS.glob("**/README.md"))]
 TABLES = {words: page for page in reversed(PAGES)  # {the words of a mark: the first page that has it}
           for words in re.findall("<!-- table: (.+) -->", page.read_text("utf-8", "replace"))}
@@ -402,7 +401,6 @@ COLUMNS = {"clean": "clean", "as they are": "left", "first branch alone": "undon
 WORDS = {  # what each says of a cell
     **{figure: dict(figure=figure) for figure in FIGURES},
     **{word: dict(figure=column) for word, column in COLUMNS.items()},
-    **{text: dict(dataset=name) for name, text in stats.IN_PRINT.items()},
     **{part_of(name)[1] or readable(name): dict(corruption=name) for name in CORRUPTIONS},
     "p (Holm)": {}}
 
@@ -412,11 +410,14 @@ def meaning(headings):
     or CSV file in runs/, of both of which there may be sums, as in `vitdiff` - `vit`."""
     said = dict(place="reference+controls", seeds=range(10**6), corruption="")
     for word in headings.replace("`", "").split(", "):
+        name = re.sub(r"\W", "", word.lower())  # of a data set: fashionmnist, in print Fashion-MNIST
         seeds = re.fullmatch(r"seeds (\d+) to (\d+)", word)
         if seeds:
             said["seeds"] = range(int(seeds[1]), int(seeds[2]) + 1)
         elif word.startswith("vit"):
             said["model"] = word
+        elif in_print(name) == word != name:
+            said["dataset"] = name
         elif (RUNS / re.split("[ +]", word)[0]).exists():
             said["place"] = word
         else:
@@ -443,8 +444,7 @@ def figures_of(place, figure, corruption, seeds, **which):
     if place.endswith(".csv"):
         which["part"] = part_of(corruption)[1]
         return {row.get("seed"): float(row[figure]) for row in rows_of(RUNS / place) if row | which == which | row}
-    _, figure_of = FIGURES[figure]
-    return {run.settings["seed"]: figure_of(run, corruption) for run in runs_at(place)
+    return {run.settings["seed"]: FIGURES[figure][1](run, corruption) for run in runs_at(place)
             if run.settings | which == run.settings and run.settings["seed"] in seeds}
 
 

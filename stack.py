@@ -14,6 +14,8 @@ The optimizer sees two tensors in place of forty. A single model is a stack of o
 
 import contextlib
 import functools
+import itertools
+import math
 import numbers
 import os
 import shutil
@@ -33,16 +35,14 @@ import muon
 import records
 from command import UserError, first_line
 from diff_attention import SizeError
+from machine import CACHE_PROBLEM
 from vit import ViT, build_model
 
-try:  # without a folder for compiled code even the optimizers of torch cannot be imported
-    os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or ".", exist_ok=True)
-    CACHE_PROBLEM = None
-except OSError as error:
-    CACHE_PROBLEM = f"{os.environ.pop('TORCHINDUCTOR_CACHE_DIR')} cannot be made ({error.strerror})"
-# On a CPU, images of more tokens fill the caches by themselves: seeds are trained one by one. Compiled, five seeds side
-# by side take 0.8 of the time at 17 tokens, as long at 37, and 1.1 at 50 (vit, one thread).
-STACKED_TOKENS = 40
+# On a CPU, seeds are trained side by side if an image's tokens times their width are at most this: with more, a seed
+# fills the caches by itself, and three side by side take as long as one by one, or longer.
+# runs/trials/checks/stacking.csv has the times, by one thread and two.
+STACKED_NUMBERS = 1_500
+NUMBERS_AT_ONCE = 2**20  # of the batches that are cut and augmented at once; more do not fit the caches of a CPU
 COMPILED_STEPS = 5_000  # on a CPU, stacks of fewer training steps, each seed's counted, take less time than compiling
 
 
@@ -205,9 +205,20 @@ def group_parameters(model):
     return dict(sorted(groups.items()))
 
 
-def default_size(tokens, device):
-    """How many seeds are trained side by side at most, where --stack does not say; tokens: of an image."""
-    return 1 if device.type == "cpu" and tokens > STACKED_TOKENS else sys.maxsize
+def choose_size(settings, wanted, count, device):
+    """How many of `count` seeds are trained side by side at most, --stack being `wanted` or None; a line says why where
+    they cannot be."""
+    size = wanted or default_size(count_tokens(settings) * settings["dim"], device)
+    obstacle = find_obstacle(settings) if min(size, count) > 1 else None
+    if obstacle:
+        print(f"{settings['model']}: seeds are trained one after the other ({obstacle})", flush=True)
+    return 1 if obstacle else size
+
+
+def default_size(numbers, device):
+    """How many seeds are trained side by side at most, where --stack does not say; numbers: an image's tokens times
+    their width."""
+    return 1 if device.type == "cpu" and numbers > STACKED_NUMBERS else sys.maxsize
 
 
 def find_obstacle(settings):
@@ -248,6 +259,29 @@ def find_lost(model, loaded):
     return differing(*buffers) + differing(plain_state(model), plain_state(loaded))
 
 
+# Batches.
+
+def rank_batches(split, seeds, epoch, settings):
+    """This rank's part of the batches of an epoch: images (S, B, C, H, W), labels (S, B), and the share of an image in
+    the whole batch, the last of which may be smaller."""
+    batches = data.epoch_batches(split, seeds, epoch, settings)
+    numbers = len(seeds) * settings["batch_size"] * split.images[0].numel()  # of a batch
+    while some := list(itertools.islice(batches, max(1, min(8, NUMBERS_AT_ONCE // numbers)))):
+        yield from cut_batches(some, split, settings)
+
+
+def cut_batches(batches, split, settings):
+    """The same of several batches of data.epoch_batches, which are cut and augmented at once, by fewer operations."""
+    parts = [machine.part_of_rank(index) for index, _ in batches]  # (S, B) each
+    sizes = [part.numel() for part in parts]
+    index = torch.cat([part.flatten() for part in parts]).unsqueeze(0)
+    numbers = {name: torch.cat([machine.part_of_rank(drawn[name]).flatten(0, 1) for _, drawn in batches]).unsqueeze(0)
+               for name in batches[0][1]}
+    images, labels = (tensor[0].split(sizes) for tensor in data.get_batch(split, index, numbers, settings))
+    for (whole, _), part, *batch in zip(batches, parts, images, labels):
+        yield *(tensor.view(*part.shape, *tensor.shape[1:]) for tensor in batch), 1 / whole.shape[1]
+
+
 # Loss, accuracy and lambda.
 
 def evaluate_batch(model, images, labels, label_smoothing):
@@ -286,6 +320,24 @@ def measure_lambdas(net, split, settings):
             for images, labels in data.evaluation_batches(split, settings) if blocks]
     means = (total(sums) / len(split.labels)).T.tolist() if blocks else [[] for _ in net.models]
     return [dict(zip(blocks, values)) for values in means]
+
+
+def load_best(runs, split, settings, trained):
+    """The best models of runs as a StackedModel, by config.json and best.pt.
+
+    Raises:
+        UserError: if they have not the validation loss on record, as what was trained is not in the state dict.
+    """
+    net = StackedModel([load_model(run.folder, settings | dict(seed=run.seed)).to(split.labels.device) for run in runs])
+    for i, (run, (val_loss, _)) in enumerate(zip(runs, evaluate(net, split, settings))):
+        # Validation is in float32 whatever --amp says, so that nothing but another order of sums may differ.
+        if not math.isclose(val_loss, run.best["val_loss"], rel_tol=1e-5):
+            lost = ", ".join(find_lost(trained.models[0], net.models[i])) or "what it has"
+            raise UserError(
+                f"{run.folder}: best.pt gives a validation loss of {val_loss:.6f}, and the model that was trained had "
+                f"{run.best['val_loss']:.6f}: not in the state dict is {lost}; make it a persistent buffer "
+                "(register_buffer), and train with --overwrite")
+    return net
 
 
 # The optimizer.
@@ -357,8 +409,8 @@ def is_compiled(choice, stack_steps, device, amp):
 
 def accelerate(step, forward, net, optimizer, images, settings, required):
     """step(forward, images, labels, share) made faster for batches of exactly the shape of `images` (S, B, C, H, W): on
-    a CPU `forward` is compiled, on CUDA the step is captured. Returns a function of any batch, or None, after a line
-    that says why, where that cannot be.
+    a CPU `forward` and Muon are compiled, on CUDA the step is captured. Returns a function of any batch, or None, after
+    a line that says why, where that cannot be.
 
     Raises:
         UserError: if compiling fails and is `required`; the function itself, if capturing the step does.
@@ -367,16 +419,16 @@ def accelerate(step, forward, net, optimizer, images, settings, required):
     if images.device.type == "cuda":
         fast = capture(plain, optimizer)
     else:
-        compiled = compile_forward(forward, net, images, settings, required)
+        compiled = compile_step(forward, net, optimizer, images, settings, required)
         if compiled is None:
             return None
         fast = functools.partial(step, compiled)
     return lambda batch, labels, share: (fast if batch.shape == images.shape else plain)(batch, labels, share)
 
 
-def compile_forward(forward, net, images, settings, required):
-    """forward(net, images, labels, label_smoothing) compiled for this shape, tried with the backward pass; None where that
-    fails."""
+def compile_step(forward, net, optimizer, images, settings, required):
+    """forward(net, images, labels, label_smoothing) compiled for this shape, tried with the backward pass; so is Muon.
+    None where that fails."""
     if CACHE_PROBLEM:
         machine.say(f"{CACHE_PROBLEM}: torch keeps what it compiles in its own folder")
     machine.say("compiling, which takes up to two minutes on a slow machine the first time")
@@ -387,6 +439,8 @@ def compile_forward(forward, net, images, settings, required):
         with torch.autocast(**machine.precision(settings["amp"], images.device)):
             losses, _ = compiled(net, images, labels, settings["label_smoothing"])
         losses.sum().backward()
+        if isinstance(optimizer, muon.Muon):
+            optimizer.compile()
     except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
         problem = (f"--compile does not work here ({first_line(error)}): it needs a C++ compiler such as g++, and "
                    "TORCHINDUCTOR_CACHE_DIR, if set, to be a folder that can be written to")
@@ -394,8 +448,9 @@ def compile_forward(forward, net, images, settings, required):
             raise UserError(f"{problem}; give --compile no") from None
         machine.say(f"{problem}; training goes on without")
         return None
-    net.zero_grad()
-    set_buffers(net, buffers)  # which the trial may have changed
+    finally:
+        net.zero_grad()
+        set_buffers(net, buffers)  # which the trial may have changed
     return compiled
 
 

@@ -19,8 +19,7 @@ from command import UserError
 BASELINE = "vit"  # what every other model is compared with
 # In these, models as such differ, and runs on a GPU from those on a CPU.
 OF_A_MODEL = {"model", "plugin", "dim", "num_heads", "mlp_dim", "head_hidden_dim", "amp"}
-IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10",
-            "clutteredmnist": "cluttered MNIST", "clutteredfashionmnist": "cluttered Fashion-MNIST"}
+IN_PRINT = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "cifar10": "CIFAR-10"}
 Published = namedtuple("Published", "epochs parameters val_loss test_loss test_accuracy")
 PUBLISHED = {  # from NanoDiffVision's README, one run each
     ("mnist", "vit"): Published(20, 33_802, 0.638, 0.626, 0.9551),
@@ -257,11 +256,12 @@ OFFSETS = ["image_offset", "patch_offset"]
 
 
 def in_print(dataset):
-    return IN_PRINT.get(dataset, dataset)
+    """The name of a data set in charts: that in IN_PRINT, behind what stands before it, as in rotatedmnist."""
+    return re.sub(f"({'|'.join(IN_PRINT)})$", lambda found: f" {IN_PRINT[found[0]]}", dataset).lstrip()
 
 
 def readable(name):
-    """A corruption's or condition's name in words: 4_distractors, gaussian_noise_3 for a corruption of severity 3."""
+    """A corruption's or condition's name in words: gaussian_noise_3 for a corruption of severity 3."""
     return re.sub(r"_(\d+)$", r", severity \1", name).replace("_", " ")
 
 
@@ -281,11 +281,6 @@ def noise_parts(names):
     noises = [noise for noise, part in map(part_of, names) if part == "shift"]
     parts = [noise + part for noise in noises for part in ("", "_shift", "_fluctuation")]
     return [name for name in [*parts, "gaussian_noise_unclipped", *OFFSETS] if name in names]
-
-
-def gaussian_parts(names):
-    """The parts of Gaussian noise, by which models are compared, if all runs have met both."""
-    return GAUSSIAN_PARTS if set(GAUSSIAN_PARTS) <= set(names) else []
 
 
 # Figures of runs: what was published, and what the analyses found.
@@ -321,7 +316,9 @@ def error_under(*names):
 def part_errors(lines):
     """{"shift": a function of a run: its error in percent, "fluctuation": ...} under the parts of Gaussian noise, by
     which models are compared, if all runs have met both."""
-    return {part_of(name)[1]: error_under(name) for name in gaussian_parts(shared_corruptions(lines)[0])}
+    names, _ = shared_corruptions(lines)
+    parts = GAUSSIAN_PARTS if set(GAUSSIAN_PARTS) <= set(names) else []
+    return {part_of(name)[1]: error_under(name) for name in parts}
 
 
 def conditions_and_blocks(lines, analysis):
@@ -357,6 +354,7 @@ def uniform_share(lines, condition):
 
 
 def trained_irrelevant_share(run):
-    """The irrelevant share in the last block, in percent, under the condition that is most like the run's training."""
-    trained = f"{run.settings.get('distractors')}_distractors"
-    return 100 * attention_figure(run, trained if trained in run.attention else "clean", -1, "irrelevant_share")
+    """The irrelevant share in the last block, in percent, under the condition that is as in the run's training: one
+    that is called by the value of a setting, as 4_distractors, or clean."""
+    as_trained = {f"{value}_{setting}" for setting, value in run.settings.items()}.intersection(run.attention)
+    return 100 * attention_figure(run, min(as_trained, default="clean"), -1, "irrelevant_share")

@@ -23,12 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.datasets import CIFAR10, MNIST
 
+import analysis
 import command
 import corruptions
 import data
 import stats
 from command import UserError
-from corruptions import CORRUPTIONS, Corruption
+from corruptions import CORRUPTIONS
 from data import AUGMENTATIONS, DATASETS, Augmentation, Split, load_splits
 
 HERE = Path(__file__).parent
@@ -211,8 +212,8 @@ def test_own_data(own_rows, channels, convert):
     splits, shape = load_splits("own", None, CPU), (*(channels or (1,)), 8, 8)
     assert [tuple(split.images.shape) for split in splits.values()] == [(108, *shape), (12, *shape), (30, *shape)]
     assert row | dict(num_classes=3, in_channels=shape[0], image_size=8) == row
-    defaults = [data.defaults_of("own")[name] for name in ["epochs", "batch_size", "distractors", *AUGMENTATIONS]]
-    assert str(defaults) == "[5, 64, 0, 0.0, 0.0, 0.1, 2.0, True, 0.0]" and data.defaults_of("mnist")["flip"] is False
+    defaults = [data.defaults_of("own")[name] for name in ["epochs", "batch_size", *AUGMENTATIONS]]
+    assert str(defaults) == "[5, 64, 0.0, 0.0, 0.1, 2.0, True, 0.0]" and data.defaults_of("mnist")["flip"] is False
     for images, labels in splits.values():
         assert torch.equal((images.double().mean((1, 2, 3)) / 63 - 0.47).round().long(), labels)
     pixels = data.normalize(torch.cat([splits["train"].images, splits["val"].images]).double(), "own")
@@ -252,6 +253,15 @@ def test_bad_own_rows(tmp_path, own_rows):
     own_rows["mine"] = dict(load=lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_splits("mine", tmp_path, CPU)
+
+
+def test_committed_runs_in_use():
+    """A committed run, whose facts do not say what a model needs, is used as any other."""
+    test = mnist()["test"]
+    model, prepare, classes = analysis.load_run(HERE / "runs/reference/mnist-vit-seed0")
+    answers = model(prepare(test.images[:1_000, 0].numpy())).argmax(1)
+    assert (answers == test.labels[:1_000]).float().mean() > 0.95 and classes == [*"0123456789"]
+    assert not model.training and prepare(numpy.zeros((60, 90, 3), numpy.uint8)).shape == (1, 1, 28, 28)
 
 
 # Augmentation.
@@ -387,16 +397,6 @@ def test_names_and_amounts(dataset, channels):
                      for name in CORRUPTIONS for severity in range(1, 6)]
     noises = [name for name in CORRUPTIONS if stats.part_of(name)[0] in corruptions.NOISES]
     assert noises == [*filter(corruptions.is_noise, CORRUPTIONS)]
-
-
-def test_a_corruption_is_a_row(monkeypatch):
-    """Salt noise is a row with its function and nothing else; there is no row without a function."""
-    monkeypatch.setitem(CORRUPTIONS, "salt_noise", Corruption(
-        *2 * [[0.1, 0.2, 0.3, 0.4, 0.5]], lambda pixels, amount, draws, *_: torch.where(draws < amount, 255.0, pixels),
-        shape=corruptions.one_a_pixel))
-    assert corrupt(torch.zeros(200, 1, 28, 28), "salt_noise", 3).mean().item() == pytest.approx(0.3 * 255, rel=0.03)
-    with pytest.raises(TypeError):
-        Corruption([0.1], [0.1])
 
 
 @pytest.mark.parametrize("size", [8, 9, 10])

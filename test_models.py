@@ -406,24 +406,26 @@ def test_muon_in_batches():
     (1, "cpu", 2048, torch.float32), (2, "cpu", 2048, torch.float32),
     pytest.param(2, "cuda", 8192, torch.bfloat16, marks=needs_cuda)])
 def test_benchmark(tmp_path, monkeypatch, capsys, size, device, side, dtype):
-    """Its figures follow from whole steps, by a clock of 20 ms a step, 500 ms an evaluation and another time for the
-    product; nothing is recorded as trained, nor analysed, stacked against --stack or compiled where that cannot be."""
+    """Its figures, by one thread and by all, follow from whole steps, 20 ms each, evaluations of 500 ms and a product;
+    nothing is recorded as trained, nor analysed, stacked against --stack or compiled where that cannot be."""
     def time_in_turn(functions, *others, **rounds):
         results.append([function() for function in functions])
         return next(clock)
 
-    clock, results = iter([[[0.018, 0.02, 0.02, 0.022]] * 2 * size + [[2 * side**3 / 1e11]], [[0.5]] * 2 * size]), []
+    threads, results, taken = ("13" if device == "cpu" else "3"), [], [3]
+    clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 2 * size + [[2 * side**3 / 1e11]], [[0.5]] * 2 * size] * len(threads))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: taken[-1])
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
     monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
     monkeypatch.setattr(stack, "is_compiled", lambda choice, *others: choice != "yes")
     monkeypatch.setitem(MODELS, "mapless", dict(attention=variant(SelfAttention, attention_map=property())))
     assert run_benchmark(*f"--model mapless vitdiff --analysis --seed 0 1 --stack {size} --compile yes".split(),
                          *f"--device {device} --amp bfloat16 --runs-dir {tmp_path}".split()) == 0
-    *_, product = results[0]
-    assert (product.shape, product.dtype) == ((side, side), dtype)
+    assert (results[0][-1].shape, results[0][-1].dtype) == ((side, side), dtype)
     torch.use_deterministic_algorithms(False)
     rows = table(tmp_path / "benchmark.csv")
-    assert [(row["model"], row["seeds"], row["compiled"]) for row in rows] == [
-        (model, seeds, "False") for model in ("mapless", "vitdiff") for seeds in "12"[:size]]
+    assert [(row["threads"], row["model"], row["seeds"], row["compiled"]) for row in rows] == list(
+        itertools.product(threads, ["mapless", "vitdiff"], "12"[:size], ["False"]))
     tokens, dim = 5, 8  # a product of (a, b) by (b, c) is 2abc FLOPs, and twice that again in the backward pass
     attention = tokens * dim * 3 * dim + 2 * 2 * tokens * 4 + dim * dim
     products = 3 * (attention + 2 * dim * 16 + dim * 16 + 16 * 10) + 2 * 4 * 196 * dim  # no gradient of the images
@@ -431,14 +433,13 @@ def test_benchmark(tmp_path, monkeypatch, capsys, size, device, side, dtype):
     for row in rows:
         seeds = int(row["seeds"])
         images_per_second = seeds * 500 / 0.02
-        expected = dict(ms_per_step=20, ms_per_seed=20 / seeds, relative_to_one_seed=1 / seeds,
-                        images_per_second=images_per_second, epoch_seconds=55_000 / 25_000,
-                        evaluation_images_per_second=10_000, peak_gflops=100,
+        expected = dict(ms_per_step=20, ms_per_seed=20 / seeds, relative_to_one_seed=1 / seeds, peak_gflops=100,
+                        images_per_second=images_per_second, epoch_seconds=2.2, evaluation_images_per_second=10_000,
                         share_of_peak=images_per_second * int(row["training_flops_per_image"]) / 1e11)
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
         assert float(row["ms_low"]) <= 20 <= float(row["ms_high"])
     out = capsys.readouterr().out
-    assert out == (tmp_path / "benchmark.md").read_text() and f"| vitdiff, mnist | {size} | no | 20.0 (" in out
+    assert out == (tmp_path / "benchmark.md").read_text() and f"| vitdiff, mnist | 3 | {size} | no | 20.0 (" in out
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.csv", "benchmark.md"}
 
 
@@ -465,7 +466,7 @@ def test_a_step_of_the_benchmark_is_one_of_training(tmp_path, monkeypatch, compi
 
 
 def test_timing(monkeypatch):
-    """What is timed takes turns, of which the first call, which takes longer by the clock here, is not counted."""
+    """What is timed takes turns, each a mean of calls after one that is not counted, which takes longer here."""
     now, calls = [0.0], []
 
     def spend(name, seconds):
@@ -474,8 +475,8 @@ def test_timing(monkeypatch):
 
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     functions = [functools.partial(spend, "slow", 3), functools.partial(spend, "quick", 0.5)]
-    assert benchmark.time_in_turn(functions, CPU, rounds=2, calls=3) == [[3, 3, 3, 3], [0.5, 0.5, 0.5, 0.5]]
-    assert calls == (["slow"] * 3 + ["quick"] * 3) * 2
+    assert benchmark.time_in_turn(functions, CPU, rounds=2, calls=3) == [[3, 3], [0.5, 0.5]]
+    assert calls == (["slow"] * 4 + ["quick"] * 4) * 2
 
 
 def test_growth(tmp_path, monkeypatch, capsys):
@@ -488,10 +489,9 @@ def test_growth(tmp_path, monkeypatch, capsys):
     assert run_benchmark(*flags) == 0
     assert [(row["size"], int(row["value"])) for row in table(tmp_path / "growth.csv")] == [
         ("batch_size", 50), ("batch_size", 100), ("batch_size", 200), ("tokens", 5), ("tokens", 17), ("depth", 1)]
-    out = capsys.readouterr().out
+    assert "depth" not in (out := capsys.readouterr().out) and out == (tmp_path / "growth.md").read_text()
     assert "| batch_size | vit, mnist | 50, 100, 200 | 250.0, 1000.0, 4000.0 | 2.00 |\n" in out
     assert f"| tokens | vit, mnist | 5, 17 | 1000.0, 10000.0 | {1 / math.log10(17 / 5):.2f} |\n" in out
-    assert "depth" not in out and out == (tmp_path / "growth.md").read_text()
     monkeypatch.setattr(benchmark, "MOST_TOKENS", 1)
     assert run_benchmark(*flags) == 2
     assert_one_line(capsys, "no image has 1 tokens or fewer", "--patch-size")

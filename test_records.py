@@ -2,7 +2,6 @@
 nothing is lost on the way, damage is one line and a bug a traceback, and what a user can put right is said."""
 
 import contextlib
-import csv
 import errno
 import io
 import itertools
@@ -21,11 +20,16 @@ import numpy
 import pytest
 import torch
 
+import analysis
 import command
 import gather
 import plugins
 import records
+import report
+import train
 from command import UserError
+from test_data import HERE
+from test_train import TINY, small
 
 ODD = {"plugin": None, "flip": True, "note": 'a "b", c', "number": "0.10", "empty": "", "list": [0, [1.5, None]],
        "tiny": 1e-300, "third": 1 / 3, "word": "null", "infinite": "inf", "lines": "a\r\nb", "letters": "π"}
@@ -117,12 +121,11 @@ def test_damage(tmp_path):
 
 TEXTS = {  # of files of a run, and what in them is replaced
     "config.json": ('{"settings": {"model": "vit", "dataset": "mnist", "seed": 0, "epochs": 3}, "facts": {}}', [
-        ('"vit"', '"../vit"'), ('"vit"', "3"), ("3}", "2000000000}"), ("3}", '"3"}'), ("0", "0.5"), ('"seed": 0, ', ""),
-        ('{"settings"', '[{"settings"'), ("{}", "null"), ("facts", "fact"), ("0", "1" * 5000), ("{}", "[" * 200_000),
-        ('"seed"', '"plugin": "mine", "seed"')]),
+        ('"vit"', '"../vit"'), ('"vit"', "3"), ("3}", "2000000000}"), ("0", "0.5"), ('"seed": 0, ', ""),
+        ("{}", "null"), ("0", "1" * 5000), ("{}", "[" * 200_000), ('"seed"', '"plugin": "mine", "seed"')]),
     "summary.json": ('{"parameters": 33034, "val_loss": 0.5, "test_loss": 0.5, "test_accuracy": 0.98}', [
-        ("33034", "0"), ("33034", "0.5"), ("33034", "null"), ("0.5", "NaN"), ("0.98", "1.5"), ("0.98", '"0.98"'),
-        ("0.98", "1e400"), ("val_loss", "loss"), ("}", ', "crc32": 3}'), ("}", ', "crc32": {}}'), ("{", "[{")]),
+        ("33034", "0"), ("33034", "0.5"), ("0.5", "NaN"), ("0.98", "1.5"), ("0.98", '"0.98"'), ("0.98", "1e400"),
+        ("val_loss", "loss"), ("}", ', "crc32": 3}'), ("}", ', "crc32": {}}'), ("{", "[{")]),
     "metrics.csv": ("epoch,val_loss,val_accuracy\n1,1,0.5\n2,1,0.5\n3,1,0.5\n", [
         ("2,1", "2,1e300"), ("2,1", "1,1"), ("2,1,", "2,"), ("2,1", '2,"1'), ("2,1", "2,"), ("val_loss", "epoch"),
         ("val_loss", "loss"), ("2,1,0.5", "2,1,1.5"), ("\n1,1,0.5\n2,1,0.5\n3,1,0.5", "")]),
@@ -203,26 +206,6 @@ def test_gathered_runs_read_the_same(tmp_path):
     assert names_in(folder) == sorted(records.TABLES) and read(folder) == before
     assert re.findall("^mnist-(.*?),", (folder / "runs.csv").read_text(), re.MULTILINE) == [
         *(f"vit-seed{seed}" for seed in (0, 1, 2, 3, 4, 11)), *(f"vitdiff-seed{seed}" for seed in (0, 1, 2))]
-
-
-def test_tables_are_plain(tmp_path):
-    """Any reader of CSV finds a row a run, numbers that are the recorded ones, and a CRC-32 of the run's cells."""
-    write_runs(tmp_path)
-    summaries = {run.folder.name: run.summary for run in records.find_runs(tmp_path)[0]}
-    gather.gather(tmp_path)
-    tables = {name: list(csv.DictReader((tmp_path / name).open(newline=""))) for name in records.TABLES}
-    columns = list(tables["runs.csv"][0])
-    assert columns[:5] == ["run", "args", "model", "dataset", "seed"] and columns[-1] == "checksum"
-    assert columns.index("lr") < columns.index("parameters") < columns.index("stack") < columns.index("val_loss")
-    for row in tables["runs.csv"]:
-        assert float(row["test_loss"]) == summaries[row["run"]]["test_loss"]
-        assert row["args"].startswith(f"--model {row['model']} --dataset mnist --seed {row['seed']}")
-        cells, checksum = {}, row.pop("checksum")
-        for name, rows in tables.items():
-            own = [part for part in rows if part["run"] == row["run"]]
-            filled = [column for column in rows[0] if column != "run" and any(part.get(column) for part in own)]
-            cells |= {name: {column: [part[column] or None for part in own] for column in filled}} if own else {}
-        assert int(checksum) == zlib.crc32(json.dumps(cells, sort_keys=True).encode())
 
 
 def before_each_change(patch, function):
@@ -413,22 +396,22 @@ def test_interrupted_stacks(tmp_path):
         stacks(5)
 
 
-def test_plugin_is_kept_once(tmp_path):
-    """Runs of one plugin share its copy, unless it lies beside them; it is found by its content, not by its name."""
-    source, runs = tmp_path / "mine.py", tmp_path / "runs"
-    source.write_text("WIDTH = 1\n")
-    setting = plugins.execute_plugins([source])
-    for folder in (runs / "mnist-vit-seed0", runs / "mnist-vit-seed1"):
-        folder.mkdir(parents=True)
-        records.write_config(folder, dict(model="vit", plugin=setting), {}, [source])
-        assert [path.read_text() for path in plugins.keep_plugins(runs, setting)] == ["WIDTH = 1\n"]
-        (kept,) = runs.rglob("*.py")
-        assert f"--plugin {kept}\n" in (folder / "args.txt").read_text()
-    assert plugins.execute_plugins([kept]) == setting and plugins.keep_plugins(tmp_path, setting, [source]) == [source]
-    renamed = kept.rename(kept.with_name("renamed.py"))
-    assert plugins.keep_plugins(runs, setting) == [renamed]
-    renamed.write_text("WIDTH = 2\n")
-    assert plugins.keep_plugins(runs, setting) == [kept] and not kept.exists()
+def test_a_failed_analysis(tmp_path, monkeypatch, small, capsys):
+    """An analysis that fails after the training keeps the test figures, and a line says how to analyse again."""
+    monkeypatch.setitem(analysis.ANALYSES, "noise.csv", analysis.Analysis(lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train.main([*TINY, "--epochs", "1", "--analysis", "--runs-dir", str(tmp_path)])
+    assert f"to analyse: python analysis.py {tmp_path}" in capsys.readouterr().out
+    ((run,), _) = records.find_runs(tmp_path)
+    assert 0 < run.summary["test_accuracy"] < 1 and run.noise is None
+
+
+def test_unwritable_cache():
+    """A TORCHINDUCTOR_CACHE_DIR that cannot be made keeps nobody from training."""
+    code = "import stack, torch; torch.optim.AdamW([torch.ones(1)]); print(stack.CACHE_PROBLEM)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                           env=os.environ | dict(TORCHINDUCTOR_CACHE_DIR=os.devnull + "/x"))
+    assert found.stdout == f"{os.devnull}/x cannot be made (Not a directory)\n", found.stderr
 
 
 def test_git_commit(tmp_path, monkeypatch):
@@ -507,14 +490,25 @@ def test_printing_ends_no_work(monkeypatch):
             assert command.exit_status("command", str, print, "closed") == 0
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["nowhere"], "nowhere"), ([__file__], "is a file: name a folder"), ([], "FOLDER"), (["x" * 300], "too long"),
-    ([".", "--keep-seed", "a"], "'a'")])
-def test_exit_status(flags, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mark, column, row, end, complaint", [
+    ("accuracy", "MNIST, nonsense", "vit", "end of table", "unknown word 'nonsense'"),
+    ("accuracy", "brightness", "vit", "end of table", "does not say which dataset"),
+    ("accuracy", "MNIST", "vit9 - vit", "end of table", "too few runs of vit9 - vit"),
+    ("accuracy", "MNIST", "vit", "end of the table", "<!-- end of table -->")])
+def test_wrong_tables(mark, column, row, end, complaint, tmp_path, capsys):
+    """What is wrong in a page is one line that names the page, which stays as it is."""
+    page = tmp_path / "page.md"
+    page.write_text(text := f"<!-- table: {mark} -->\n| | {column} |\n|---|---:|\n| `{row}` | 1 |\n<!-- {end} -->\n")
+    assert report.main([str(page)]) == 2 and page.read_text() == text
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"report.py: error: {page}: ") and complaint in line
+
+
+def test_exit_status(tmp_path, monkeypatch, capsys):
     """What the user can put right is one line and status 2, --help is status 0, and Ctrl-C 130."""
-    monkeypatch.chdir(tmp_path)
-    assert gather.main(flags) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.startswith("gather.py: error: ") and error.count("\n") == 1
+    for wrong, said in [(tmp_path / "no", "no"), (__file__, "is a file: name a folder"), ("x" * 300, "too long")]:
+        assert gather.main([str(wrong)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.startswith("gather.py: error: ") and error.count("\n") == 1
     monkeypatch.setattr(gather, "gather", lambda *_: signal.raise_signal(signal.SIGINT))
     assert gather.main(["."]) == 130 and "interrupted" in capsys.readouterr().err and gather.main(["--help"]) == 0

@@ -8,9 +8,8 @@ import re
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy
 import pytest
@@ -23,6 +22,7 @@ import records
 import report
 import stats
 from command import UserError
+from test_records import write_run
 
 PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
 
@@ -49,11 +49,20 @@ def make_parts(model, errors, seeds=2, **options):
         **options) for seed in range(seeds)]
 
 
-def attend(run, figures):
-    """The run with {condition: (irrelevant share, signal to noise)} in the last of two blocks."""
-    return run._replace(attention={condition: {
-        0: dict(uniform_share=0.4), 1: dict(uniform_share=0.4, irrelevant_share=share, signal_to_noise=ratio)}
-        for condition, (share, ratio) in figures.items()})
+def analyse(run, losses=(0.9, 0.7, 0.6, 0.5), lambdas=(), share=0.2, negative=0.0, branches=(0.4, None, 0.4), blocks=2,
+            uniform=0.4, more=()):
+    """The run with a validation loss an epoch, a lambda a block, attention, response and maps."""
+    images, maps = numpy.zeros((8, 1, 28, 28), numpy.uint8), numpy.full((8, 2, 4, 4), share)
+    images[:, :, 4:10, 18:24] = 255
+    maps[0, 0, 1, 2] = -3 * share
+    return run._replace(
+        metrics=dict(epoch=range(1, len(losses) + 1), val_loss=losses, val_accuracy=[1 - loss / 10 for loss in losses])
+        | {f"lambda_{block}": [lam] * len(losses) for block, lam in enumerate(lambdas)},
+        attention={condition: {block: {"uniform_share": uniform, "irrelevant_share": share + 0.1 * block, "entropy": 2,
+                                       "negative_share": negative, "lambda": 0.2, "signal_to_noise": 2.5}
+                               for block in range(blocks)} for condition in ("clean", f"{blocks}_distractors", *more)},
+        maps=(images, maps), response={f"{part}_3": {block: {name: branch and branch + block for name, branch in zip(
+            charts.BRANCHES, branches)} for block in range(2)} for part in stats.GAUSSIAN_PARTS})
 
 
 def lines_of(own, reference=()):
@@ -183,7 +192,7 @@ def test_tables_of_noise():
 @pytest.mark.parametrize("seeds, bold", [(7, False), (8, True)])
 def test_tables_of_the_parts(seeds, bold):
     """Noise, its shift alone and its fluctuation alone have tables of errors and of differences, by severity, too. A
-    cell is bold where p is below 0.05 by Holm for all."""
+    cell is bold where p is below 0.05 by Holm for all. The errors are printed, in lines of at most 100 characters."""
     runs = make_parts("vit", [20, 10, 5, 6], seeds) + make_parts("vitdiff", [12, 4, 4.9, 9], seeds)
     errors, paired, each, severities, differences = rows_of(tables_of(runs)["shift-table"])
     assert errors[1] == ["vit", str(seeds), *(f"{value}.00% ± 0.00%" for value in (22, 12, 7, 8))]
@@ -194,21 +203,25 @@ def test_tables_of_the_parts(seeds, bold):
     assert each[1][1:] == [f"**{cell}**" if bold and shift != -0.1 else cell for shift, cell in cells.items()]
     assert severities[3] == ["gaussian noise shift", "vit", *(f"{10 + i}.00% ± 0.00%" for i in range(5))]
     assert differences[2] == ["gaussian noise shift", "vitdiff", *[cells[-6]] * 5]
+    printed = report.overview(stats.arrange([*runs, make_run(9 * "averylongname")]), Path("out"))
+    assert re.search("shift  fluctuation\n(.*\n)*vit .* 12.0% +7.0%\n", printed) and "\nShift, fluctuation: " in printed
+    assert max(map(len, printed.splitlines())) <= 100
 
 
 def test_attention():
     """The irrelevant share has its interval, its ratio and the seed-paired difference; a cell without a figure is
     empty. Where hardly a patch is black, as in photographs, there is no table."""
-    runs = [attend(make_run(model, seed), dict(clean=(share, 2.5))) for model, shares in dict(
-        vit=[0.31, 0.32, 0.33], vitdiff=[0.21, 0.24, 0.27]).items() for seed, share in enumerate(shares)]
-    shares, paired = rows_of(tables_of([*runs, attend(make_run("vitnew"), dict(fog=(0.5, 1)))])["attention-table"])
-    assert shares[1:] == [["vit", "3", "32.0% ± 2.5% (2.50)", ""], ["vitdiff", "3", "24.0% ± 7.5% (2.50)", ""],
-                          ["vitnew", "1", "", "50.0% (1.00)"], ["uniform attention", "", *["40.0% (1.00)"] * 2]]
+    runs = [analyse(make_run(model, seed), share=share) for model, shares in dict(
+        vit=[0.21, 0.22, 0.23], vitdiff=[0.11, 0.14, 0.17]).items() for seed, share in enumerate(shares)]
+    runs.append(analyse(make_run("vitnew"), share=0.3, blocks=3))
+    shares, paired = rows_of(tables_of(runs)["attention-table"])
+    assert shares[1:] == [
+        ["vit", "3", *["32.0% ± 2.5% (2.50)"] * 2, ""], ["vitdiff", "3", *["24.0% ± 7.5% (2.50)"] * 2, ""],
+        ["vitnew", "1", "50.0% (2.50)", "", "50.0% (2.50)"], ["uniform attention", "", *["40.0% (1.00)"] * 3]]
     half = 4.3027 * 2 / math.sqrt(3)  # the differences are -10, -8 and -6
     assert paired[1][:3] == ["vitdiff", f"-8.00 ({-8 - half:+.2f} to {-8 + half:+.2f})", "3 of 3"]
-    runs[0].attention["clean"][0]["uniform_share"] = 0.0004
-    (table,) = tables_of(runs[:1]).values()
-    assert "**" not in table  # the only line is not the best
+    tables = tables_of([analyse(make_run(), uniform=0.0004)])
+    assert "attention-table" not in tables and "**" not in tables["table"]  # the only line is not the best
 
 
 def test_response():
@@ -222,10 +235,10 @@ def test_response():
 def test_amounts_never_mix():
     """Figures under corruptions of other amounts than the first run's are left out; attention on clean images and on
     canvases as in training stays."""
-    tables = tables_of([attend(make_run(model, errors=dict(blur=[10] * 5), amount=amount), dict.fromkeys(
-        ["clean", "4_distractors", "blur_3"], (0.3, 2))) for model, amount in (("vit", 0.1), ("vitother", 0.2))])
+    tables = tables_of([analyse(make_run(model, errors=dict(blur=[10] * 5), amount=amount), more=["blur_3"])
+                        for model, amount in (("vit", 0.1), ("vitother", 0.2))])
     assert [row[0] for row in rows_of(tables["noise-table"])[0]] == ["model", "vit"]
-    assert rows_of(tables["attention-table"])[0][2][2:] == ["30.0% (2.00)", "30.0% (2.00)", ""]
+    assert rows_of(tables["attention-table"])[0][2][2:] == ["30.0% (2.50)", "30.0% (2.50)", ""]
 
 
 def test_compare():
@@ -243,18 +256,6 @@ def test_compare():
         ["shift", "+3.00", "0.0625"], ["fluctuation", "+0.00", "1"]]
 
 
-def test_what_is_printed():
-    """A table a data set with the figures of the records, in lines of at most 100 characters; with the errors under the
-    parts of Gaussian noise where these are on record."""
-    runs = make_parts("vitwith" + 5 * "averylongname", [8, 4, 3], seeds=1, dataset="kmnist") + [
-        make_run(model, seed, loss=0.505) for model in ("vit", "vitdiff") for seed in range(3)]
-    text = report.overview(stats.arrange(runs), Path("out"))
-    first, second, *_ = rows = [re.split("  +", line) for line in text.splitlines()]
-    assert first[-2:] + second[-2:] == ["shift", "fluctuation", "8.0%", "7.0%"] and "\nShift, fluctuation: " in text
-    assert ["vitdiff", "3", "33,034", "0.5050", "98.00%", "+0.00 (+0.00 to +0.00)"] in rows
-    assert max(map(len, text.splitlines())) <= 100
-
-
 @pytest.mark.parametrize("datasets, models", [(3, 14), (1, 60), (30, 2)])
 def test_a_screen(datasets, models):
     """However many lines there are, 40 are printed at most, all of them where they fit; what is left out is said."""
@@ -267,25 +268,9 @@ def test_a_screen(datasets, models):
 
 # Charts.
 
-def analyse(run, losses=(0.9, 0.7, 0.6, 0.5), lambdas=(), share=0.2, negative=0.0, branches=(0.4, None, 0.4), blocks=2,
-            uniform=0.4):
-    """The run with a validation loss an epoch, a lambda a block, attention, response and maps."""
-    images, maps = numpy.zeros((8, 1, 28, 28), numpy.uint8), numpy.full((8, 2, 4, 4), share)
-    images[:, :, 4:10, 18:24] = 255
-    maps[0, 0, 1, 2] = -3 * share
-    return run._replace(
-        metrics=dict(epoch=range(1, len(losses) + 1), val_loss=losses, val_accuracy=[1 - loss / 10 for loss in losses])
-        | {f"lambda_{block}": [lam] * len(losses) for block, lam in enumerate(lambdas)},
-        attention={condition: {block: {"uniform_share": uniform, "irrelevant_share": share + 0.1 * block, "entropy": 2,
-                                       "negative_share": negative, "lambda": 0.2} for block in range(blocks)}
-                   for condition in ("clean", f"{blocks}_distractors")},
-        maps=(images, maps), response={f"{part}_3": {block: {name: branch and branch + block for name, branch in zip(
-            charts.BRANCHES, branches)} for block in range(2)} for part in stats.GAUSSIAN_PARTS})
-
-
 def draw(runs):
     """{name: figure} of all charts that have something to show."""
-    lines = charts.style_lines(stats.arrange(runs)["mnist"], {run.settings["model"] for run in runs})
+    lines = plot.style_lines(stats.arrange(runs)["mnist"], {run.settings["model"] for run in runs})
     with charts.house_style():
         return {name: figure for name, (make, *_) in plot.CHARTS.items() if (figure := make("mnist", lines))}
 
@@ -301,10 +286,10 @@ def test_styles():
     the project the same colour whatever it is shown with, which no other model has."""
     names = ["vit", "vitdiff", *(f"model{i}" for i in range(10))]
     own, reference = ([make_run(name, 0, folder, lr=rate) for name in names for rate in range(5)] for folder in "ab")
-    lines = charts.style_lines(stats.arrange(own, reference)["mnist"], sorted(names))
+    lines = plot.style_lines(stats.arrange(own, reference)["mnist"], sorted(names))
     assert len(lines) == len({str(line.style) for line in lines}) == 120
     for line, color in ((line, line.style["color"]) for line in lines):
-        assert (color in charts.COLORS.values()) == (color == charts.COLORS.get(line.model))
+        assert (color in plot.COLORS.values()) == (color == plot.COLORS.get(line.model))
         assert (line.style["alpha"] == 1) == line.front
 
 
@@ -329,8 +314,8 @@ def test_curves():
 
 
 def test_charts_of_shares():
-    """Errors by severity and attention by block are means with intervals, from 0 to 100% at most. Other corruptions,
-    conditions and blocks stand side by side."""
+    """Errors by severity and attention by block are means with intervals, from 0 to 100% at most, of three seeds or
+    more, as a note says. Other corruptions, conditions and blocks stand side by side."""
     runs = [analyse(make_run(seed=seed, errors=dict(blur=[10, 20, 30, 40, 30 + 30 * seed])), share=0.3 + 0.1 * seed)
             for seed in range(3)] + [analyse(make_run("vitdiff", errors=dict(blur=[10] * 5)))]
     figures = draw(runs)
@@ -341,6 +326,8 @@ def test_charts_of_shares():
         (middle, ends), _ = marks(axes)
         half = 0.1 * 4.3027 / math.sqrt(3)
         assert [middle[1], *ends[:, 1] - middle[1]] == pytest.approx([0.4 + 0.1 * block, -half, half], abs=1e-5)
+    loss = draw(runs[:2])["val-loss"]
+    assert not loss.axes[0].collections and loss.texts[1].get_text() == "mean of 2 seeds"
     figures = draw([*runs, analyse(make_run("vitother", errors=dict(fog=[1])), blocks=3)])
     assert "noise" not in figures and len(figures["blocks"].axes) == 9
     assert "relevance" not in draw([analyse(make_run(), uniform=0.0004)])  # as of photographs, which are hardly black
@@ -402,24 +389,6 @@ def test_texts_do_not_overlap():
 
 # The page and the command.
 
-class Page(HTMLParser):
-    def __init__(self, text):
-        """The tags that are open in a page, its attributes, and the texts in each tag."""
-        super().__init__()
-        self.open, self.attributes, self.texts = [""], [], defaultdict(list)
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.attributes += attributes
-        self.open += [tag] * (tag not in ("meta", "img", "source"))
-
-    def handle_endtag(self, tag):
-        assert tag == self.open.pop()
-
-    def handle_data(self, text):
-        self.texts[self.open[-1]].append(text)
-
-
 def test_page(tmp_path, monkeypatch):
     """index.html is well-formed, without scripts and network, and shows each chart with a caption of one sentence and
     each table with all its cells, below the question that it answers; what records say is text, never markup."""
@@ -429,34 +398,28 @@ def test_page(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "write_charts", lambda *_: [("mnist", name) for name in plot.CHARTS])
     for file_format, times in [("png", 2), ("pdf", 1)]:
         assert plot.main([str(tmp_path), "--format", file_format, "--compare", "vitdiff", "vit"]) == 0
-        page = Page((tmp_path / "report/index.html").read_text())
-        assert page.open == [""] and "script" not in page.texts and "url(" not in page.texts["style"][0]
-        links = [value for name, value in page.attributes if name in ("href", "src")]
+        page = ElementTree.fromstring((tmp_path / "report/index.html").read_text())
+        texts = {tag: ["".join(element.itertext()) for element in page.iter(tag)] for tag in (
+            "script", "style", "figcaption", "h3", "p", "table")}
+        assert not texts["script"] and "url(" not in texts["style"][0]
+        links = [element.get(name) for element in page.iter() for name in ("href", "src") if element.get(name)]
         assert links == ["#mnist", *(f"mnist-{name}.{file_format}" for name in plot.CHARTS for _ in range(times))]
-    assert page.texts["figcaption"] == [caption for _, _, caption in plot.CHARTS.values()]
-    assert all(caption.find(".") == len(caption) - 1 for caption in page.texts["figcaption"])
-    assert page.texts["h3"] == plot.QUESTIONS and "<script>" in "".join(page.texts["p"])
-    shown = "".join(text for tag in ("th", "td", "b", "code") for text in page.texts[tag])
-    cells = [cell for path in tmp_path.rglob("*.md") for table in rows_of(path.read_text()) for row in table
-             for cell in row]
-    assert len(cells) > 100 and all(part in shown for cell in cells for part in re.split("[*`]+", cell))
-
-
-def write_run(folder, model="vit", seed=0, **settings):
-    folder.mkdir(parents=True)
-    records.write_json(folder / "config.json", dict(facts={}, settings=dict(
-        model=model, dataset="mnist", seed=seed, epochs=1) | settings))
-    records.write_metrics(folder, [dict(epoch=1, val_loss=0.5, val_accuracy=0.9)])
-    records.write_json(folder / "summary.json", dict(parameters=9, val_loss=0.5, test_loss=0.5, test_accuracy=0.9))
+    assert texts["figcaption"] == [caption for _, _, caption in plot.CHARTS.values()]
+    assert all(caption.find(".") == len(caption) - 1 for caption in texts["figcaption"])
+    assert texts["h3"] == plot.QUESTIONS and "<script>" in "".join(texts["p"])
+    cells = {cell for path in tmp_path.rglob("*.md") for table in rows_of(path.read_text()) for row in table
+             for cell in row}
+    shown = "".join(texts["table"])
+    assert len(cells) > 50 and all(re.sub("[*`]", "", cell) in shown for cell in cells)
 
 
 def test_command(tmp_path, monkeypatch, capsys):
     """It names what it skips, but not its own report, needs neither torch nor data, and writes the same bytes whatever
     the user's matplotlibrc and MPLBACKEND say. The reference is drawn, too, and no deeper folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("vit", "reference/vitdiff", "other/deeper/vitdiff", "cut"):
-        write_run(Path("runs", name), Path(name).name)
-    Path("runs/cut/metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
+    for folder, model in [("", "vit"), ("reference", "vitwide"), ("other/deeper", "vitwide"), ("", "cut")]:
+        write_run(Path("runs", folder), model, analysed=False)
+    Path("runs/mnist-cut-seed0/metrics.csv").write_text("epoch,val_loss\n1,0.5\n")
     Path("matplotlibrc").write_text("text.usetex: True\nsavefig.bbox: tight\naxes.facecolor: black\nfont.size: 20\n")
     code = "import sys\nsys.modules.update(torch=None, torchvision=None)\nimport plot\nsys.exit(plot.main(['runs']))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(
@@ -464,7 +427,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     hostile = {path.name: path.read_bytes() for path in Path("runs/report").iterdir()}
     assert plot.main(["runs"]) == 0 and capsys.readouterr() == (process.stdout, process.stderr)
     assert hostile == {path.name: path.read_bytes() for path in Path("runs/report").iterdir()} and len(hostile) == 6
-    assert re.fullmatch("skipped .*runs/cut/metrics.csv.*\n", process.stderr)
+    assert re.fullmatch("skipped .*cut-seed0/metrics.csv.*\n", process.stderr)
     assert process.stdout.endswith("\n3 charts and all tables: open runs/report/index.html\n")
 
 
@@ -472,9 +435,9 @@ def test_flags(tmp_path, monkeypatch, capsys):
     """--seed and --dataset show the runs named alone, of the reference too, and --no-reference none of these; what is
     left out and what cannot be compared is said."""
     monkeypatch.setattr(plot, "CHARTS", {})
-    write_run(tmp_path / "k", dataset="kmnist")
-    for seed, (folder, model) in itertools.product(range(2), [("d", "vitdiff"), ("reference/v", "vit")]):
-        write_run(tmp_path / f"{folder}{seed}", model, seed)
+    write_run(tmp_path, settings=dict(dataset="kmnist"), analysed=False)
+    for seed, (folder, model) in itertools.product(range(2), [("", "vitdiff"), ("reference", "vit")]):
+        write_run(tmp_path / folder, model, seed, analysed=False)
     for flags, rows in [(["--seed", "1"], [["vitdiff", "1"], ["vit", "1"]]), (["--no-reference"], [["vitdiff", "2"]]),
                         (["--dataset", "mnist"], [["vitdiff", "2"], ["vit", "2"]])]:
         assert plot.main([str(tmp_path), *flags]) == 0
@@ -495,15 +458,16 @@ def test_no_further_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plot, "CHARTS", {"killer": (kill, plot.TRAINED, "")})
     for name in ("killed", "alone"):
-        lines = charts.style_lines(lines_of([analyse(make_run())]).values(), ["vit"])
+        lines = plot.style_lines(lines_of([analyse(make_run())]).values(), ["vit"])
         drawn = plot.write_charts(tmp_path, "svg", {name: lines})
         assert (name, "killer") in drawn and "</svg>" in (tmp_path / f"{name}-killer.svg").read_text()
         monkeypatch.setattr(plot, "ProcessPoolExecutor", lambda: open("/nowhere/shm"))
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"), (["runs", "runs/vit"], "is a run"),
-    (["runs", "--out", "table"], "mnist-table.md"), (["runs", "--compare", "vti", "vit"], "did you mean vit?"),
+    (["empty"], "no finished run"), (["nowhere"], "nowhere"), (["file"], "file"),
+    (["runs", "runs/mnist-vit-seed0"], "is a run"), (["runs", "--out", "table"], "mnist-table.md"),
+    (["runs", "--compare", "vti", "vit"], "did you mean vit?"),
     (["runs", "--compare", "vit", "vit"], "--compare: vit vit"),
     (["runs", *["--compare", "vit", "vitdiff"] * 2], "compared twice"),
     (["runs", "--seed", "4"], "no finished run of these seeds"), (["runs", "--dataset", "cifar10"], "data sets")])
@@ -514,7 +478,7 @@ def test_errors_of_the_user(tmp_path, monkeypatch, capsys, flags, said):
     Path("empty").mkdir()
     Path("table/mnist-table.md").mkdir(parents=True)
     Path("file").touch()
-    write_run(Path("runs/vit"))
+    write_run("runs", analysed=False)
     assert plot.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("plot.py: error: ") and said in line
@@ -554,19 +518,3 @@ def test_verdicts_of_few_seeds(seeds):
     assert re.fullmatch(rf"\+{mean:.2f}" + r" \(\S+ to \S+\)" * (seeds > 2), *said["vitdiff"])
     compared = rows_of(report.comparison_tables({line_of: lines}, [("vitdiff", "vit")]))[0][1]
     assert compared[2] == said["vitdiff"][0] and compared[4] == f"{2 / 2**seeds:.3g}"
-
-
-def test_charts_of_few_seeds():
-    """No interval of a share reaches below 0 or above 100%, two seeds have none, and that none is drawn is said."""
-    three = [analyse(make_run(seed=seed, accuracy=share, errors=dict.fromkeys(
-        ["gaussian_noise", *stats.GAUSSIAN_PARTS], [100 * share] * 5)), [5 * share] * 2, share=share - 0.1)
-        for seed, share in enumerate([0.1, 0.99, 0.6])]
-    figures = draw([*three, analyse(make_run("vitdiff"))])
-    for name in ("parameters", "shift", "relevance", "noise", "val-accuracy"):
-        for axes in figures[name].axes:
-            bounds = [ends[..., int(name != "shift")] for _, *intervals in marks(axes) for ends in intervals]
-            bounds += [band.get_datalim(axes.transData).intervaly for band in axes.collections if not axes.containers]
-            assert bounds and 0 <= numpy.min(bounds) and numpy.max(bounds) <= 1 + 1e-9, name
-    figures = draw(three[:2])
-    assert not figures["val-loss"].axes[0].collections and "mean of 2 seeds" == figures["val-loss"].texts[1].get_text()
-    assert figures["val-loss"].axes[0].lines[0].get_xdata().tolist() == [1, 2]

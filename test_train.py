@@ -196,7 +196,7 @@ def test_float16_overflow(optimizer):
             [*stacked.net.parameters(), stacked.optimizer.state_dict()["state"]])]
 
     stacked, splits, settings = make_runs("--amp", "float16", "--optimizer", optimizer)
-    batches = train.rank_batches(splits["train"], [0], 1, settings)
+    batches = stack.rank_batches(splits["train"], [0], 1, settings)
     for factor, (images, labels, share) in zip([1, 1e38, 1], batches):
         before, scale = state(), stacked.scaler.get_scale()
         stacked.step(images, labels, factor * share)
@@ -217,7 +217,7 @@ def test_meta(monkeypatch, model, dataset):
     for seeds in ([0], [0, 1]):
         stacked = train.make_stack(settings, seeds, "", META)
         with OnOneDevice():
-            losses, correct = stacked.step(*next(train.rank_batches(split, seeds, 1, settings)))
+            losses, correct = stacked.step(*next(stack.rank_batches(split, seeds, 1, settings)))
             net, (batch,) = stacked.net.eval(), data.evaluation_batches(split, settings)
             (shown,) = analysis.attention_batches(split, settings, *condition)
             results = [losses, correct, stack.evaluate_images(net, *batch, settings),

@@ -5,8 +5,8 @@
     python train.py --plugin my_attention.py --model vitcosine
     torchrun --nproc-per-node 2 train.py --dim 256 --depth 8
 
-A run is a folder, runs/mnist-vitdiff-seed0. The same command run again skips what is finished and resumes, exactly,
-what was interrupted. The seeds of a model are trained side by side, as a stack; torchrun divides each batch among
+A run is a folder, such as runs/mnist-vitdiff-seed0. Run the same command again to skip finished runs and to resume
+interrupted ones exactly. The seeds of a model are trained side by side, as a stack. torchrun divides each batch among
 processes. The way to backward() is main, train_runs (the runs), train_stack (epochs and batches), train_step.
 """
 
@@ -44,16 +44,16 @@ SIZE = command.whole_number(1)
 EPILOG = """@FILE reads flags from FILE, such as the args.txt of a run; a later flag overrides an earlier one.
 
 On a cluster:
-    an array of jobs may share one --runs-dir, on a file system with locks; give each job its model or data set
-    give a job all seeds of its model: side by side they cost less than one by one
-    a job that was killed is resumed by the same command, and finished runs are skipped
-    a run that another job trains is left to it, and a line says so
-    put the archives into --data-dir beforehand, as nodes may have no network
-    the plugin is copied beside the runs, so that the original may change meanwhile"""
+    Several jobs can share one --runs-dir, on a file system with locks. Give each job its own model or data set.
+    Give one job all seeds of its model: side by side they take less time than one after the other.
+    Run the same command again to resume a job that was killed. It skips finished runs.
+    A job skips a run that another job is training, and says so.
+    Nodes may have no network: put the archives of the data sets into --data-dir beforehand.
+    The plugin is copied beside the runs, so you may change the original meanwhile."""
 # The flags of what decides the outcome, by their group in --help: {setting: (what it takes, default, help)}. Without a
 # default it is the model's, or else the data set's.
 FLAGS = {
-    "sizes; the model's own where left out": {
+    "sizes (default: those of the model)": {
         "patch_size": (SIZE, None, "pixels a side"),
         "dim": (SIZE, None, "width of the tokens (default: 32; vitbalanced 48)"),
         "depth": (SIZE, None, "blocks (default: 2)"),
@@ -61,24 +61,25 @@ FLAGS = {
         "mlp_dim": (SIZE, None, "hidden width of a block's MLP (default: 128; vitboth 160)"),
         "head_hidden_dim": (command.whole_number(0), None,
                             "hidden width of the classifier, 0 for a linear one (default: 128)"),
-        "dropout": (command.PROBABILITY, 0.0, "probability, on the embedded tokens, in the MLPs and on what a block "
-                    "adds, drawn for all seeds side by side together"),
+        "dropout": (command.PROBABILITY, 0.0, "probability, for embedded tokens, in the MLPs and for what a block "
+                    "adds; seeds that are trained side by side share the draws"),
     },
     "recipe, the same for every model": {
         "epochs": (SIZE, None, ""),
         "batch_size": (SIZE, None, "images"),
-        "optimizer": (dict(choices=["adamw", "muon"]), "muon", "muon is Muon for the matrices and AdamW for the rest"),
+        "optimizer": (dict(choices=["adamw", "muon"]), "muon", "muon: Muon for matrices, AdamW for the rest"),
         "lr": (command.RATE, None, "peak learning rate of AdamW"),
         "muon_lr": (command.RATE, None, "peak learning rate of Muon"),
-        "weight_decay": (command.RATE, None, "decoupled; not on norms, biases, tokens, lambda"),
-        "warmup": (command.SHARE, 0.05, "share of the steps in which the rates rise"),
-        "decay": (command.SHARE, 1.0, "share of the steps in which they fall to 0 at the end; where both make more than "
-                  "1 the peak is not quite reached"),
-        "clip": (command.RATE, 1.0, "maximum gradient norm; 0 disables clipping"),
-        "label_smoothing": (command.PROBABILITY, 0.1, "in every loss, validation and test too"),
-        "distractors": (command.whole_number(0), None, "fragments of other images on each canvas of a cluttered set"),
+        "weight_decay": (command.RATE, None, "decoupled; norms, biases, tokens and lambda have none"),
+        "warmup": (command.SHARE, 0.05, "share of the steps, at the start, in which the rates rise"),
+        "decay": (command.SHARE, 1.0, "share of the steps, at the end, in which the rates fall to 0; if --warmup and "
+                  "--decay add up to more than 1, they stay below their peaks"),
+        "clip": (command.RATE, 1.0, "maximum norm of a gradient; 0 turns clipping off"),
+        "label_smoothing": (command.PROBABILITY, 0.1, "in the training, validation and test loss"),
+        "distractors": (command.whole_number(0), 0, "fragments of other images on each canvas of a cluttered set "
+                        "(default: 0; 4 for clutteredmnist, clutteredfashionmnist)"),
     },
-    "augmentation, drawn anew for each training image in each epoch": {
+    "augmentation, drawn again for each training image in each epoch": {
         setting: (row.flag, None, row.help) for setting, row in data.AUGMENTATIONS.items()},
 }
 SETTINGS = {setting: default for group in FLAGS.values() for setting, (_, default, _) in group.items()}
@@ -102,17 +103,17 @@ def make_parser(prog="train.py", description=__doc__):
     add, names = parser.add_argument_group("what to train: every combination of").add_argument, dict(
         nargs="+", metavar="NAME")
     add("--model", **names, default=["vitdiff"],
-        help=f"{', '.join(MODELS)} or any other row of MODELS in vit.py; all for every row (default: vitdiff)")
+        help=f"{', '.join(MODELS)} or another row of MODELS in vit.py; all: every row (default: vitdiff)")
     add("--dataset", **names, default=["mnist"],
-        help=f"{', '.join(data.DATASETS)}, or one's own by its path, a folder of pictures or an .npz file, or by a row "
-             "that a plugin adds to DATASETS (default: mnist)")
-    add("--image-size", **command.whole_number(2), help="pixels a side to which pictures given by their path are "
-        "resized (default: their own, if all are square, of one size and at most 64, else 32)")
+        help=f"{', '.join(data.DATASETS)}, or the path of your own data, a folder of pictures or an .npz file, or a "
+             "row that a plugin adds to DATASETS (default: mnist)")
+    add("--image-size", **command.whole_number(2), help="pixels a side to which your own pictures are resized "
+        "(default: their own size if all are square, of one size and at most 64, else 32)")
     add("--seed", **command.whole_number(0, 2**32 - 1), nargs="+", default=[0],
-        help="of weights, batch order, augmentation, dropout (default: 0)")
+        help="decides the weights, batch order, augmentation and dropout (default: 0)")
     add("--plugin", **plugins.FLAG, nargs="+",
-        help="Python files to execute first: they may add rows to MODELS and DATASETS or change anything else; files "
-             "beside them that they import or, by __file__, read are kept with the runs, too")
+        help="Python files to run first: they may add rows to MODELS and DATASETS or change anything else; they are "
+             "copied beside the runs, with the files of their folder that they import or read by __file__")
 
     for title, group in FLAGS.items():
         add = parser.add_argument_group(title).add_argument
@@ -120,26 +121,26 @@ def make_parser(prog="train.py", description=__doc__):
             if "(default:" not in text:
                 text = f"{text} (default: {by_dataset(setting) if default is None else default})".lstrip()
             add(f"--{setting.replace('_', '-')}", **flag, help=text)
-    add("--no-augment", action="store_true", help="none of these")
+    add("--no-augment", action="store_true", help="turn all of these off")
 
     group = parser.add_argument_group("where and how")
     analysis.add_place_flags(group)
     add = group.add_argument
     add("--runs-dir", type=command.usable_folder, default=Path("runs"), metavar="DIR",
         help="where the runs' folders are (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start afresh where a run exists")
+    add("--overwrite", action="store_true", help="train a run again from the start if it exists")
     add("--analysis", action=argparse.BooleanOptionalAction, default=True,
-        help=f"after the test, write {', '.join(analysis.ANALYSES)}: what the model does under noise and attends to "
+        help=f"write {', '.join(analysis.ANALYSES)} after the test: errors under noise, and what the model attends to "
              "(default: yes)")
     add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
-        help="precision of the forward pass; auto is bfloat16 on a CUDA card that computes in it, off elsewhere "
-             "(default: %(default)s)")
+        help="precision of the forward pass; auto: bfloat16 on a GPU that supports it, else off (default: "
+             "%(default)s)")
     add("--compile", choices=["auto", "yes", "no"], default="auto",
-        help="on a CPU torch.compile, on CUDA a CUDA graph of the training step; auto is yes on CUDA, and on a CPU "
-             f"with a C++ compiler for {stack.COMPILED_STEPS:,} training steps or more, those of seeds side by side "
-             "added up (default: %(default)s)")
-    add("--stack", **SIZE, help="how many seeds to train side by side, 1 for one after the other (default: all; on a "
-        f"CPU 1 for images of more than {stack.STACKED_TOKENS} tokens)")
+        help="torch.compile on a CPU, a CUDA graph of the training step on a GPU; auto: yes on a GPU, and on a "
+             f"CPU with a C++ compiler if all seeds together take {stack.COMPILED_STEPS:,} training steps or more "
+             "(default: %(default)s)")
+    add("--stack", **SIZE, help="seeds trained side by side; 1: one after the other (default: all, but 1 on a CPU "
+        f"where the tokens of an image times --dim are more than {stack.STACKED_NUMBERS:,})")
     return parser
 
 
@@ -251,15 +252,6 @@ def lr_factor(step, steps, warmup, decay):
     return min(1.0, rise, fall)
 
 
-def rank_batches(split, seeds, epoch, settings):
-    """This rank's part of the batches of an epoch: images (S, B, C, H, W), labels (S, B), and the share of an image in
-    the whole batch, the last of which may be smaller."""
-    for index, draws in data.epoch_batches(split, seeds, epoch, settings):
-        part = {name: machine.part_of_rank(drawn) for name, drawn in draws.items()}
-        images, labels = data.get_batch(split, machine.part_of_rank(index), part, settings)
-        yield images, labels, 1 / index.shape[1]
-
-
 def train_stack(stacked, splits, settings):
     """Train runs side by side to their end, and record each epoch; `splits` is a data set on the device of the net."""
     split, seeds, done = splits["train"], [run.seed for run in stacked.runs], len(stacked.runs[0].metrics)
@@ -272,7 +264,7 @@ def train_stack(stacked, splits, settings):
             stacked.net.train()
             losses = torch.zeros(len(seeds), steps, device=split.labels.device)
             correct = torch.zeros(len(seeds), dtype=torch.long, device=split.labels.device)
-            for number, (images, labels, share) in enumerate(rank_batches(split, seeds, epoch, settings)):
+            for number, (images, labels, share) in enumerate(stack.rank_batches(split, seeds, epoch, settings)):
                 factor = lr_factor((epoch - 1) * steps + number, settings["epochs"] * steps, settings["warmup"],
                                    settings["decay"])
                 stack.set_lr(stacked.optimizer, factor)
@@ -323,26 +315,7 @@ def record_epoch(stacked, splits, settings, factor, losses, correct, start):
         records.write_metrics(run.folder, run.metrics)
         print_epoch(run, settings)
     if epoch == 1:
-        load_best(runs, splits["val"], settings, stacked.net)
-
-
-def load_best(runs, split, settings, trained):
-    """The best models of runs as a StackedModel, by config.json and best.pt.
-
-    Raises:
-        UserError: if they have not the validation loss on record, as what was trained is not in the state dict.
-    """
-    net = stack.StackedModel([stack.load_model(run.folder, settings | dict(seed=run.seed)).to(split.labels.device)
-                              for run in runs])
-    for i, (run, (val_loss, _)) in enumerate(zip(runs, stack.evaluate(net, split, settings))):
-        # Validation is in float32 whatever --amp says, so that nothing but another order of sums may differ.
-        if not math.isclose(val_loss, run.best["val_loss"], rel_tol=1e-5):
-            lost = ", ".join(stack.find_lost(trained.models[0], net.models[i])) or "what it has"
-            raise UserError(
-                f"{run.folder}: best.pt gives a validation loss of {val_loss:.6f}, and the model that was trained had "
-                f"{run.best['val_loss']:.6f}: not in the state dict is {lost}; make it a persistent buffer "
-                "(register_buffer), and train with --overwrite")
-    return net
+        stack.load_best(runs, splits["val"], settings, stacked.net)
 
 
 def check_finite(run, what, value, where):
@@ -376,7 +349,7 @@ def plan_experiments(args, device, plugin):
         settings = resolve_settings(args, model, dataset, seeds[0], device, plugin)
         records.check_recordable(settings)
         facts = stack.measure_model(settings) | data.facts_of(dataset)
-        size = choose_stack_size(settings, args.stack, len(seeds), device)
+        size = stack.choose_size(settings, args.stack, len(seeds), device)
         experiments.append(Experiment(settings, facts | where, seeds, size))
     return experiments
 
@@ -385,19 +358,11 @@ def check_untrained(experiments, datasets, with_analysis):
     """Raise a UserError unless the attention of each model is what it says, on two images of its data set."""
     for settings, *_ in experiments:
         split = datasets[settings["dataset"]]["val"]
-        model, images = stack.make_model(settings).to(split.labels.device).eval(), analysis.first_images(split, settings)
+        model = stack.make_model(settings).to(split.labels.device).eval()
+        images = analysis.first_images(split, settings)
         analysis.check_model(model, images, settings["model"], with_analysis)
         if with_analysis:
             analysis.choose_analyses(model, images)  # whose line is said before the training
-
-
-def choose_stack_size(settings, wanted, count, device):
-    """How many of `count` seeds are trained side by side at most; a line says why where they cannot be."""
-    size = wanted or stack.default_size(stack.count_tokens(settings), device)
-    obstacle = stack.find_obstacle(settings) if min(size, count) > 1 else None
-    if obstacle:
-        print(f"{settings['model']}: seeds are trained one after the other ({obstacle})", flush=True)
-    return 1 if obstacle else size
 
 
 def make_stack(settings, seeds, runs_dir, device, compiled=False, required=False):
@@ -454,7 +419,7 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
     """Test the best weights of the runs, analyse them if so wanted, write summary.json of each, and delete last.pt."""
     runs = [run for run in stacked.runs if records.run_state(run.folder) != "finished"]
     folders, split, count = [run.folder for run in runs], splits["test"], len(splits["train"].labels)
-    net = load_best(runs, splits["val"], settings, stacked.net)
+    net = stack.load_best(runs, splits["val"], settings, stacked.net)
     tests, start, problem = stack.evaluate(net, split, settings), time.perf_counter(), None
     try:
         if with_analysis:

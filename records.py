@@ -95,9 +95,23 @@ def response_of(rows):
     return by_block(rows, RESPONSE_FIGURES)
 
 
+def aligned_of(rows):
+    """aligned.csv as {condition: {severity: {images: test accuracy}}}."""
+    return {condition: {int(severity): dict(zip(map(int, numbers(same, "images", 0)), numbers(same, "test_accuracy", 0, 1)))
+                        for severity, same in group_by(part, "severity").items()}
+            for condition, part in group_by(rows, "condition").items()}
+
+
+def attack_of(rows):
+    """attack.csv as {attack: {epsilon: test accuracy}}."""
+    return {attack: dict(zip(numbers(part, "epsilon", 0, 1), numbers(part, "test_accuracy", 0, 1)))
+            for attack, part in group_by(rows, "attack").items()}
+
+
 READERS = {  # a field of Run: the file, and what makes the field of its rows
     "metrics": ("metrics.csv", metrics_of), "noise": ("noise.csv", noise_of), "amounts": ("noise.csv", amounts_of),
-    "attention": ("attention.csv", attention_of), "response": ("response.csv", response_of)}
+    "attention": ("attention.csv", attention_of), "response": ("response.csv", response_of),
+    "aligned": ("aligned.csv", aligned_of), "attack": ("attack.csv", attack_of)}
 # The fields of READERS are None where the run has no such file. A run in tables has no maps, and its folder, DIR/NAME,
 # does not exist.
 Run = namedtuple("Run", ["folder", "settings", "facts", "summary", *READERS, "maps"])

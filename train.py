@@ -129,7 +129,7 @@ def make_parser(prog="train.py", description=__doc__):
         help="where the runs' folders are (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where a run exists")
     add("--analysis", action=argparse.BooleanOptionalAction, default=True,
-        help=f"after the test, write {', '.join(analysis.ANALYSES)}: what the model does under noise and attends to "
+        help=f"after the test, write {', '.join(analysis.BY_ITSELF)}: what the model does under noise and attends to "
              "(default: yes)")
     add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
         help="precision of the forward pass; auto is bfloat16 on a CUDA card that computes in it, off elsewhere "
@@ -458,7 +458,7 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
     tests, start, problem = stack.evaluate(net, split, settings), time.perf_counter(), None
     try:
         if with_analysis:
-            analysis.analyse(folders, net, split, settings)
+            analysis.analyse(folders, net, splits, settings)
     except Exception as error:  # which takes nothing from what was trained and tested
         problem = error
     analysis_seconds = (time.perf_counter() - start) / len(runs)

@@ -11,7 +11,9 @@ train.py does the same at the end of each run. The model is made from config.jso
 classify pictures. The command prints a line for each picture: its class, the probability and the second choice.
 """
 
+import contextlib
 import itertools
+import json
 import math
 import sys
 from collections import namedtuple
@@ -21,6 +23,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import align
+import attack
 import command
 import corruptions
 import data
@@ -30,7 +34,6 @@ import plugins
 import records
 import stack
 from command import UserError
-from diff_attention import merge_heads
 from vit import MODELS, ViT, build_model, offers, owner_of
 
 
@@ -208,15 +211,23 @@ def measure_response(net, split, settings):
     return tables
 
 
-# The files that a run's analysis writes: {file: the function of a net, a split and the settings that returns for each
-# model the rows of a CSV file or the arrays of an .npz file, and what each attention must offer, if anything}.
-Analysis = namedtuple("Analysis", "measure needs", defaults=[None])
+# The files that a run's analysis writes: {file: the function of a net, splits and the settings that returns for each
+# model the rows of a CSV file or the arrays of an .npz file; what each attention must offer, if anything; which splits;
+# whether a run writes the file by itself}.
+Analysis = namedtuple("Analysis", "measure needs splits by_itself", defaults=[None, ["test"], True])
 ANALYSES = {
     "noise.csv": Analysis(measure_noise),
     "attention.csv": Analysis(measure_attention, needs="attention_map"),
     "attention.npz": Analysis(picture_attention, needs="attention_map"),
     "response.csv": Analysis(measure_response, needs="branches"),
+    "aligned.csv": Analysis(align.measure_aligned, "branches", ["test", "val"], by_itself=False),
+    "attack.csv": Analysis(attack.measure_attack, by_itself=False),
 }
+
+
+def by_itself():
+    """The files of ANALYSES that a run writes by itself."""
+    return [name for name, row in ANALYSES.items() if row.by_itself]
 
 
 @torch.no_grad()
@@ -225,8 +236,8 @@ def check_model(model, images, name, with_analysis=True):
     for attn, x in model.attention_inputs(images):
         kind, found = f"{name}: {type(attn).__name__}", offers(attn)
         if "keep" in found and not torch.allclose(attn(x)[:, :1], attn(x, keep=1), rtol=1e-3, atol=1e-5):
-            raise UserError(f"{kind}.forward(x, keep=1) is not the first token of forward(x): leave keep out where what "
-                            "a token gets depends on the other rows of the map")
+            raise UserError(f"{kind}.forward(x, keep=1) is not the first token of forward(x): leave keep out where "
+                            "what a token gets depends on the other rows of the map")
         if "mean_lambda" in found:
             value = (attn.mean_lambda(x) if "mean_lambda of tokens" in found else attn.mean_lambda()).item()
             if not records.is_finite(value):
@@ -248,40 +259,34 @@ def check_model(model, images, name, with_analysis=True):
 def is_described(attn, x):
     """Whether the branches of an attention add up to what its heads make, as far as can be seen: one of its modules is
     given their sum. Where the forward pass is not written below them, that is taken for granted."""
-    if issubclass(owner_of(attn, "branches"), owner_of(attn, "forward")):
-        return True
-    heads, given = sum(attn.branches(x)), []
-    hooks = [module.register_forward_pre_hook(lambda _, inputs: given.extend(inputs)) for module in attn.children()]
-    attn(x)
-    for hook in hooks:
-        hook.remove()
-    return any(tensor.shape == expected.shape and torch.allclose(tensor, expected, rtol=1e-3, atol=1e-5)
-               for tensor in given for expected in (heads, merge_heads(heads)))
+    return issubclass(owner_of(attn, "branches"), owner_of(attn, "forward")) or align.find_joint(attn, x) is not None
 
 
 @torch.no_grad()
-def choose_analyses(model, images):
-    """The files of ANALYSES that can be written of a model, by what its attention offers and does with a few images; a
-    line says what is left out."""
+def choose_analyses(model, images, wanted=None):
+    """Those of the wanted files of ANALYSES, or of by_itself(), that can be written of a model, by what its attention
+    offers and does with a few images; a line says what is left out."""
     offered = set.intersection(*(offers(block.attn) for block in model.blocks))
     for attn, x in model.attention_inputs(images) if "branches" in offered else []:
         if not is_described(attn, x):
             command.say_once(f"{type(attn).__name__} changes forward(x), and what attention_map(x) and branches(x) say "
                              "is of another class: without these two of its own its attention is not analysed")
             offered -= {"attention_map", "branches"}
-    return [name for name, analysis in ANALYSES.items() if analysis.needs in (None, *offered)]
+    return [name for name in wanted or by_itself() if ANALYSES[name].needs in (None, *offered)]
 
 
-def analyse(folders, net, split, settings):
-    """Write the files of ANALYSES of trained models, whose runs differ in their seed alone; returns their names."""
+def analyse(folders, net, splits, settings, wanted=None):
+    """Write the wanted files of ANALYSES of trained models, whose runs differ in their seed alone; returns the names of
+    those that could be written."""
     net.eval()
-    names = choose_analyses(net.models[0], first_images(split, settings))
+    names = choose_analyses(net.models[0], first_images(splits["test"], settings), wanted)
     for name in tqdm(names, desc="analysis", unit=" files", leave=False, disable=None):
-        for folder, found in zip(folders, ANALYSES[name].measure(net, split, settings)):
+        row = ANALYSES[name]
+        for folder, found in zip(folders, row.measure(net, *(splits[part] for part in row.splits), settings)):
             if name.endswith(".npz"):
                 records.write_arrays(folder / name, found)
             else:
-                records.write_csv(folder / name, found, amount="{:g}")
+                records.write_csv(folder / name, found, amount="{:g}", epsilon="{:.6g}")
     return names
 
 
@@ -338,35 +343,56 @@ def predict(folder, files):
 
 # The command.
 
-def analyse_run(folder, device, data_dir, mended=(), data_path=None):
-    """Test a finished run again, print the figures beside those recorded, and write its analysis. `mended`: plugins in
-    place of those that the run was trained with, a fact of the run from then on. `data_path`: where data of one's own
-    lie, if not where they were."""
-    settings, facts = records.read_config(folder)
-    summary = records.read_summary(folder)
-    executed = plugins.execute_plugins(mended or plugins.keep_plugins(folder.parent, settings.get("plugin")))
+def analyse_stack(folders, device, args):
+    """Test finished runs again that differ in their seed alone, print the figures beside those recorded, and write
+    their analysis. --plugin: plugins in place of those that the runs were trained with, a fact of them from then on.
+    --dataset: where data of one's own lie, if not where they were."""
+    (settings, facts), *_ = configs = [records.read_config(folder) for folder in folders]
+    summaries = [records.read_summary(folder) for folder in folders]
+    executed = plugins.execute_plugins(args.plugin or plugins.keep_plugins(folders[0].parent, settings.get("plugin")))
     command.check_name("model", settings["model"], MODELS)
     if "data_path" in facts:
-        data.add_path(data_path or facts["data_path"], settings.get("image_size"), settings["dataset"])
+        data.add_path(args.dataset or facts["data_path"], settings.get("image_size"), settings["dataset"])
     command.check_name("data set", settings["dataset"], data.DATASETS)
-    with records.reading(folder / "config.json"):
+    with records.reading(folders[0] / "config.json"):
         records.check({*records.MODEL_SETTINGS, "label_smoothing"} <= settings.keys(), "a setting is missing")
-    data.complete_row(settings["dataset"], data_dir)
+    data.complete_row(settings["dataset"], args.data_dir)
     found = data.DATASETS[settings["dataset"]].get("identity", {}).get("data")
     if settings.get("data") not in (None, found):
-        raise UserError(f"{folder} was trained on other data: they are {found} now, and were {settings['data']}: put "
-                        "those back, or say by --dataset where they are")
-    model = stack.load_model(folder, settings).to(device)
-    net, split = stack.StackedModel([model]), data.load_splits(settings["dataset"], data_dir, device)["test"]
-    check_model(model.eval(), first_images(split, settings), settings["model"])
-    (figures,) = stack.evaluate(net, split, settings)
-    for name, (loss, accuracy) in [("again", figures), ("recorded", (summary["test_loss"], summary["test_accuracy"]))]:
-        print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
-    names = analyse([folder], net, split, settings)
-    if mended:
-        records.write_json(folder / "config.json", dict(settings=settings, facts=facts | dict(analysed_by=executed)))
-    records.write_summary(folder, summary)
-    print(f"{', '.join(names)} written into {folder}", flush=True)
+        raise UserError(f"{folders[0]} was trained on other data: they are {found} now, and were {settings['data']}: "
+                        "put those back, or say by --dataset where they are")
+    if len(folders) > 1 and stack.find_obstacle(settings):
+        for folder in folders:
+            analyse_stack([folder], device, args)
+        return
+    models = [stack.load_model(folder, own_settings).to(device) for folder, (own_settings, _) in zip(folders, configs)]
+    net, splits = stack.StackedModel(models), data.load_splits(settings["dataset"], args.data_dir, device)
+    check_model(models[0].eval(), first_images(splits["test"], settings), settings["model"])
+    for folder, figures, summary in zip(folders, stack.evaluate(net, splits["test"], settings), summaries):
+        recorded = summary["test_loss"], summary["test_accuracy"]
+        for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
+            print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
+    wanted = [name for name in ANALYSES if Path(name).stem in args.analysis] if args.analysis else None
+    names = analyse(folders, net, splits, settings, wanted)
+    for name in set(wanted or names) - set(names):
+        raise UserError(f"{settings['model']}: {name} needs {ANALYSES[name].needs}(x) of its attention: write that, or "
+                        "leave the analysis out")
+    for folder, (own_settings, own_facts), summary in zip(folders, configs, summaries):
+        if args.plugin:
+            records.write_json(folder / "config.json", dict(settings=own_settings,
+                                                            facts=own_facts | dict(analysed_by=executed)))
+        records.write_summary(folder, summary)
+        print(f"{', '.join(names) or 'nothing'} written into {folder}", flush=True)
+
+
+def find_stacks(folders):
+    """The folders of runs in lists of those that differ in their seed alone."""
+    stacks = {}
+    for folder in folders:
+        settings, _ = records.read_config(folder)
+        key = json.dumps([str(folder.parent), settings | dict(seed=None)], sort_keys=True)
+        stacks.setdefault(key, []).append(folder)
+    return list(stacks.values())
 
 
 @machine.enough_memory()
@@ -379,9 +405,11 @@ def analyse_runs(args):
         raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
     device = machine.pick_device(args.device)
     machine.take_threads(args.threads, device)
-    for folder in args.runs:
-        with records.locked(folder):  # which gather would else move away meanwhile
-            analyse_run(folder, device, args.data_dir, args.plugin, args.dataset)
+    for folders in find_stacks(args.runs):
+        with contextlib.ExitStack() as locks:
+            for folder in folders:
+                locks.enter_context(records.locked(folder))  # which gather would else move away meanwhile
+            analyse_stack(folders, device, args)
 
 
 def add_place_flags(parser):
@@ -395,8 +423,11 @@ def add_place_flags(parser):
 
 
 def parse_flags(argv):
+    names, own = (list(dict.fromkeys(Path(name).stem for name in files)) for files in (ANALYSES, by_itself()))
     parser = command.Parser("analysis.py", __doc__)
     parser.add_argument("runs", nargs="+", type=command.usable_folder, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--analysis", nargs="+", metavar="NAME", choices=names,
+                        help=f"what to measure, of {', '.join(names)} (default: {', '.join(own)})")
     parser.add_argument("--plugin", **plugins.FLAG, nargs=1,
                         help="use this file instead of the plugin beside the runs, for example with a mended "
                              "attention_map; repeat the flag for several files")

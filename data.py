@@ -336,6 +336,12 @@ def brighten(pixels, amount):
     return (value + 255 * amount).clamp_max(255) * torch.where(value > 0, pixels / value, 1.0)
 
 
+def add_noise(pixels, deviation, draws):
+    """Add Gaussian noise, clipped at black and white: pixels (B, C, H, W) from 0 to 255; deviation (B, 1), white being
+    1; draws (B, C H W) of a normal distribution."""
+    return (pixels + 255 * (deviation * draws).view_as(pixels)).clamp(0, 255)
+
+
 # An augmentation of training images is a setting, its strength, of which 0 is none. `flag` and `help` are what train.py
 # makes a flag of. draw(shape, generator=generator), such as torch.randn, draws the numbers (B, ...) for pixels of shape
 # (B, C, H, W); apply(pixels, strength, numbers) augments pixels from 0 to 255 by them. Rows without functions are what
@@ -351,6 +357,11 @@ AUGMENTATIONS = {
         command.SHARE, "maximum that is added, of the way from black to white",
         lambda shape, generator: torch.rand(shape[0], 1, 1, 1, generator=generator),
         lambda pixels, strength, draws: brighten(pixels, strength * draws)),
+    "noise": Augmentation(
+        command.SHARE, "maximum deviation of Gaussian noise, of the way from black to white; each image has its own",
+        lambda shape, generator: torch.cat([torch.rand(shape[0], 1, generator=generator),
+                                            torch.randn(shape[0], math.prod(shape[1:]), generator=generator)], 1),
+        lambda pixels, strength, draws: add_noise(pixels, strength * draws[:, :1], draws[:, 1:])),
 }
 
 

@@ -95,9 +95,26 @@ def response_of(rows):
     return by_block(rows, RESPONSE_FIGURES)
 
 
+def column_by(rows, name):
+    """{number in a column: test accuracy}."""
+    return dict(zip(numbers(rows, name, 0), numbers(rows, "test_accuracy", 0, 1)))
+
+
+def aligned_of(rows):
+    """aligned.csv as {condition: {severity: {images: test accuracy}}}."""
+    return {condition: {severity: column_by(same, "images") for severity, same in group_by(part, "severity").items()}
+            for condition, part in group_by(rows, "condition").items()}
+
+
+def attack_of(rows):
+    """attack.csv as {attack: {epsilon: test accuracy}}."""
+    return {attack: column_by(part, "epsilon") for attack, part in group_by(rows, "attack").items()}
+
+
 READERS = {  # a field of Run: the file, and what makes the field of its rows
     "metrics": ("metrics.csv", metrics_of), "noise": ("noise.csv", noise_of), "amounts": ("noise.csv", amounts_of),
-    "attention": ("attention.csv", attention_of), "response": ("response.csv", response_of)}
+    "attention": ("attention.csv", attention_of), "response": ("response.csv", response_of),
+    "aligned": ("aligned.csv", aligned_of), "attack": ("attack.csv", attack_of)}
 # The fields of READERS are None where the run has no such file. A run in tables has no maps, and its folder, DIR/NAME,
 # does not exist.
 Run = namedtuple("Run", ["folder", "settings", "facts", "summary", *READERS, "maps"])

@@ -14,7 +14,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+import align
 import analysis
+import attack
 import corruptions
 import data
 import machine
@@ -419,7 +421,8 @@ def test_a_stack_is_analysed_as_single_models(vmap, draw, name, how):
         if how != "one by one":
             net.parameters = lambda: iter([Mock(is_cuda=True)])
         draw.reset_mock()
-        functions = [stack.evaluate, stack.measure_lambdas, *(row.measure for row in analysis.ANALYSES.values())]
+        measures = [analysis.ANALYSES[name].measure for name in analysis.by_itself()]
+        functions = [stack.evaluate, stack.measure_lambdas, *measures]
         found = map(tree_leaves, zip(*(function(net, split, settings) for function in functions)))
         return [[leaf for leaf in leaves if not isinstance(leaf, str)] for leaves in found], draw.call_count
 
@@ -435,8 +438,49 @@ def test_a_stack_is_analysed_as_single_models(vmap, draw, name, how):
 def test_what_is_offered_is_written(tmp_path, model, left_out):
     """Each file of ANALYSES is written if the attention offers what it needs."""
     settings, split = settings_for(model=model), cut(mnist()["test"], 20)
-    names = analysis.analyse([tmp_path], stack.StackedModel([stack.make_model(settings)]), split, settings)
-    assert {*names} == {path.name for path in tmp_path.iterdir()} == analysis.ANALYSES.keys() - left_out
+    names = analysis.analyse([tmp_path], stack.StackedModel([stack.make_model(settings)]), dict(test=split), settings)
+    assert {*names} == {path.name for path in tmp_path.iterdir()} == {*analysis.by_itself()} - left_out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "vitdiff", "vitdiffv2"])
+def test_offsets_are_taken_out(name):
+    """What is subtracted from the heads is what the corruption adds in the mean, block after block, so that afterwards
+    their mean is that of clean images; subtracting nothing changes nothing."""
+    (settings, (model,)), split = models_of(name, 1), mnist()["val"]
+    clean = data.normalize(split.images[:50].float(), "mnist")
+    noisy, means = clean + 0.5, align.head_means(model, clean)
+    joints = [align.find_joint(attn, x) for attn, x in model.attention_inputs(clean[:2])]
+    offsets = align.find_offsets(model, joints, noisy, means)
+    for block, mean in enumerate(means):
+        with align.subtracted(joints[:block], offsets[:block]):
+            close(align.head_means(model, noisy)[block] - offsets[block], mean, rtol=1e-4, atol=1e-5)
+    with align.subtracted(joints, [0 * offset for offset in offsets]):
+        close(model(noisy), model(noisy.clone()))
+    with align.subtracted(joints, offsets):
+        mended = model(noisy)
+    assert not torch.allclose(mended, model(noisy))
+
+
+def test_attack_is_honest():
+    """In the mean PGD is never weaker than FGSM, nor that than random signs; a stack is attacked as each model alone;
+    and a model without a gradient is refused."""
+    settings, models = models_of("vit", 2)
+    split = cut(mnist()["test"], 30)
+    tables = attack.measure_attack(stack.StackedModel(models), split, settings)
+    for model, rows in zip(models, tables):
+        (alone,) = attack.measure_attack(stack.StackedModel([model]), split, settings)
+        close([list(row.values())[1:] for row in rows], [list(row.values())[1:] for row in alone], rtol=1e-3, atol=1e-3)
+        for pgd, fgsm, sign_noise in zip(*[iter(rows)] * 3):
+            assert pgd["test_accuracy"] <= fgsm["test_accuracy"] <= sign_noise["test_accuracy"] + 0.05
+    assert tables[0][-3]["test_accuracy"] < tables[0][0]["test_accuracy"]
+
+    class Flat(stack.StackedModel):
+        def forward(self, images):
+            return super().forward(images.round() * 0)
+
+    with pytest.raises(UserError, match="zero or not finite"):
+        attack.measure_attack(Flat(models), split, settings)
 
 
 # The command.
@@ -461,7 +505,7 @@ def test_the_analysis_is_of_the_best_weights(finished):
 def test_analysis_again(finished, tmp_path, capsys):
     """analysis.py RUN prints the test figures beside those recorded, equal, and writes the same bytes again."""
     folder = copy_run(finished, tmp_path)
-    for name in analysis.ANALYSES:
+    for name in analysis.by_itself():
         (folder / name).unlink()
     assert run_analysis(folder) == 0
     again, recorded = [line.split() for line in capsys.readouterr().out.splitlines() if "test loss" in line]

@@ -130,8 +130,8 @@ def make_parser(prog="train.py", description=__doc__):
         help="where the runs' folders are (default: %(default)s)")
     add("--overwrite", action="store_true", help="train a run again from the start if it exists")
     add("--analysis", action=argparse.BooleanOptionalAction, default=True,
-        help=f"write {', '.join(analysis.ANALYSES)} after the test: errors under noise, and what the model attends to "
-             "(default: yes)")
+        help=f"write {', '.join(analysis.by_itself())} after the test: errors under noise, and what the model attends "
+             "to (default: yes)")
     add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
         help="precision of the forward pass; auto: bfloat16 on a GPU that supports it, else off (default: "
              "%(default)s)")
@@ -423,7 +423,7 @@ def finish_stack(stacked, settings, facts, splits, with_analysis):
     tests, start, problem = stack.evaluate(net, split, settings), time.perf_counter(), None
     try:
         if with_analysis:
-            analysis.analyse(folders, net, split, settings)
+            analysis.analyse(folders, net, splits, settings)
     except Exception as error:  # which takes nothing from what was trained and tested
         problem = error
     analysis_seconds = (time.perf_counter() - start) / len(runs)

@@ -171,7 +171,7 @@ def test_links():
                 linked.add(path)
     assert {HERE / name for name in tracked if re.search(r"(mnist|cifar10)-[a-z-]+\.(png|md)$", name)} <= linked
     assert len(tracked) < 420 and {Path(name).parts[1] for name in tracked if name.startswith("runs/")} <= {
-        "README.md", "reference", "controls", "brightness", "faults", "trials"}
+        "README.md", "reference", "controls", "augmentation", "brightness", "faults", "trials"}
 
 
 # Data of one's own.

@@ -54,6 +54,10 @@ def write_run(runs_dir, model="vit", seed=0, settings=(), facts=(), analysed=Tru
             signal_to_noise=ratio) for head, ratio in zip(heads, (1.5, numpy.inf, numpy.nan))])
         records.write_csv(folder / "response.csv", [head | {
             name: draw() if two or name[-2:] != "_2" else "" for name in records.RESPONSE_FIGURES} for head in heads])
+        records.write_csv(folder / "aligned.csv", [dict(condition="fog", severity=3, images=count, test_loss=draw(),
+                                                        test_accuracy=draw()) for count in (0, 10)])
+        records.write_csv(folder / "attack.csv", [dict(attack=name, epsilon=0.01, test_loss=draw(),
+                                                       test_accuracy=draw()) for name in ("pgd", "fgsm")])
         write_maps(folder)
     (folder / "best.pt").touch()
     records.write_summary(folder, dict(parameters=33_034, epochs=3, best_epoch=2, val_loss=draw(), test_loss=draw(),

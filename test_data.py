@@ -213,7 +213,7 @@ def test_own_data(own_rows, channels, convert):
     assert [tuple(split.images.shape) for split in splits.values()] == [(108, *shape), (12, *shape), (30, *shape)]
     assert row | dict(num_classes=3, in_channels=shape[0], image_size=8) == row
     defaults = [data.defaults_of("own")[name] for name in ["epochs", "batch_size", *AUGMENTATIONS]]
-    assert str(defaults) == "[5, 64, 0.0, 0.0, 0.1, 2.0, True, 0.0]" and data.defaults_of("mnist")["flip"] is False
+    assert str(defaults) == "[5, 64, 0.0, 0.0, 0.1, 2.0, True, 0.0, 0.0]" and data.defaults_of("mnist")["flip"] is False
     for images, labels in splits.values():
         assert torch.equal((images.double().mean((1, 2, 3)) / 63 - 0.47).round().long(), labels)
     pixels = data.normalize(torch.cat([splits["train"].images, splits["val"].images]).double(), "own")

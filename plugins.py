@@ -17,8 +17,8 @@ from command import UserError, make_folder, reading, say_once, usable_path, with
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = [f"{name}.py" for name in (  # whoever imports one of these gets the program's
-    "analysis benchmark charts command corruptions data diff_attention gather machine muon pictures plot plugins "
-    "records report stack stats train vit").split()]
+    "align analysis attack benchmark charts command corruptions data diff_attention gather machine muon pictures plot "
+    "plugins records report stack stats train vit").split()]
 KEPT_BYTES = 2**25  # larger files are not copied
 SEPARATOR = " / "  # which no file's name has
 SIBLINGS = set()  # files that plugins of this process import

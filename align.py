@@ -22,21 +22,24 @@ import stack
 from command import UserError
 from diff_attention import merge_heads
 
-
 ALIGNED = ["gaussian_noise", "shot_noise", "impulse_noise", "gaussian_blur", "contrast", "brightness"]
 ALIGNED_SEVERITIES = [1, 3, 5]
 ALIGNED_IMAGES = [10, 100, 1_000]
-# What is subtracted in place of the offset (H, N, e), as controls, at severity 3.
-CONTROLS = {
-    "random": lambda offset: random_like(offset),
-    "class_token": lambda offset: F.pad(offset[:, :1], (0, 0, 0, offset.shape[1] - 1)),
-}
 
 
 def random_like(offset):
     """A random vector of the same norm at each token: (H, N, e)."""
     draws = torch.randn(offset.shape, generator=data.generator_of("random offset")).to(offset.device)
     return draws * offset.norm(dim=(0, 2), keepdim=True) / draws.norm(dim=(0, 2), keepdim=True)
+
+
+def at_class_token(offset):
+    """The offset (H, N, e) at the class token, and 0 at the others."""
+    return F.pad(offset[:, :1], (0, 0, 0, offset.shape[1] - 1))
+
+
+# What is subtracted in place of the offset, as controls, at severity 3.
+CONTROLS = {"random": random_like, "class_token": at_class_token}
 
 
 def find_joint(attn, x):
@@ -87,14 +90,14 @@ def find_offsets(model, joints, images, means, change=lambda offset: offset):
 def aligned_offsets(model, joints, split, settings):
     """The offsets to be subtracted under each condition, by images of the validation split: {(condition, severity,
     images): (the corruption to be tested on, offsets)}."""
-    dataset, means = settings["dataset"], [mean / len(split.labels) for mean in map(sum, zip(*(
-        [len(images) * mean for mean in head_means(model, images)]
-        for images, _ in data.evaluation_batches(split, settings))))]
+    sums = [[len(images) * mean for mean in head_means(model, images)]
+            for images, _ in data.evaluation_batches(split, settings)]
+    means = [sum(block) / len(split.labels) for block in zip(*sums)]
     _, clean = next(data.evaluation_pixels(split, settings))
     counts, found = sorted({min(count, len(clean)) for count in ALIGNED_IMAGES}), {}
     for name, severity in [("clean", 0), *itertools.product(ALIGNED, ALIGNED_SEVERITIES)]:
         # The random numbers are those of no image of the test split.
-        images = data.normalize(corruptions.corrupt(clean, name, severity, 10**9, split, settings), dataset)
+        images = data.normalize(corruptions.corrupt(clean, name, severity, 10**9, split, settings), settings["dataset"])
         found[name, severity, 0] = name, []
         for count in counts:
             found[name, severity, count] = name, find_offsets(model, joints, images[:count], means)

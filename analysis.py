@@ -351,16 +351,9 @@ def analyse_stack(folders, device, args):
     summaries = [records.read_summary(folder) for folder in folders]
     executed = plugins.execute_plugins(args.plugin or plugins.keep_plugins(folders[0].parent, settings.get("plugin")))
     command.check_name("model", settings["model"], MODELS)
-    if "data_path" in facts:
-        data.add_path(args.dataset or facts["data_path"], settings.get("image_size"), settings["dataset"])
-    command.check_name("data set", settings["dataset"], data.DATASETS)
     with records.reading(folders[0] / "config.json"):
         records.check({*records.MODEL_SETTINGS, "label_smoothing"} <= settings.keys(), "a setting is missing")
-    data.complete_row(settings["dataset"], args.data_dir)
-    found = data.DATASETS[settings["dataset"]].get("identity", {}).get("data")
-    if settings.get("data") not in (None, found):
-        raise UserError(f"{folders[0]} was trained on other data: they are {found} now, and were {settings['data']}: "
-                        "put those back, or say by --dataset where they are")
+    complete_row(folders[0], settings, facts, args)
     if len(folders) > 1 and stack.find_obstacle(settings):
         for folder in folders:
             analyse_stack([folder], device, args)
@@ -385,11 +378,24 @@ def analyse_stack(folders, device, args):
         print(f"{', '.join(names) or 'nothing'} written into {folder}", flush=True)
 
 
+def complete_row(folder, settings, facts, args):
+    """Complete the row of DATASETS of a run. A UserError unless its data are those that the run was trained on."""
+    if "data_path" in facts:
+        data.add_path(args.dataset or facts["data_path"], settings.get("image_size"), settings["dataset"])
+    command.check_name("data set", settings["dataset"], data.DATASETS)
+    data.complete_row(settings["dataset"], args.data_dir)
+    found = data.DATASETS[settings["dataset"]].get("identity", {}).get("data")
+    if settings.get("data") not in (None, found):
+        raise UserError(f"{folder} was trained on other data: they are {found} now, and were {settings['data']}: put "
+                        "those back, or say by --dataset where they are")
+
+
 def find_stacks(folders):
-    """The folders of runs in lists of those that differ in their seed alone."""
-    stacks = {}
-    for folder in folders:
-        settings, _ = records.read_config(folder)
+    """The folders of runs in lists of those that differ in their seed alone. A UserError if their plugins differ."""
+    stacks, found = {}, [records.read_config(folder)[0] for folder in folders]
+    if len({settings.get("plugin") for settings in found}) > 1:
+        raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
+    for folder, settings in zip(folders, found):
         key = json.dumps([str(folder.parent), settings | dict(seed=None)], sort_keys=True)
         stacks.setdefault(key, []).append(folder)
     return list(stacks.values())
@@ -401,11 +407,9 @@ def analyse_runs(args):
         if len(args.runs) > 1:
             raise UserError("argument --predict: name one run")
         return predict(args.runs[0], args.predict)
-    if len({records.read_config(folder)[0].get("plugin") for folder in args.runs}) > 1:
-        raise UserError("these runs were trained with different plugins: analyse those of one plugin at a time")
-    device = machine.pick_device(args.device)
+    stacks, device = find_stacks(args.runs), machine.pick_device(args.device)
     machine.take_threads(args.threads, device)
-    for folders in find_stacks(args.runs):
+    for folders in stacks:
         with contextlib.ExitStack() as locks:
             for folder in folders:
                 locks.enter_context(records.locked(folder))  # which gather would else move away meanwhile

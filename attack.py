@@ -38,21 +38,30 @@ def answer(net, x, labels, settings):
     return loss, margin.detach(), gradient
 
 
-def attack(net, clean, labels, draws, epsilon, settings, steps=STEPS):
-    """Attack images (S, B, C, H, W) from 0 to 1 within epsilon of each pixel: {attack: loss and margin, (S, B) each};
-    where the margin is above 0 the answer is wrong. draws: uniform numbers from 0 to 1, (B, C, H, W). Of the steps of
-    pgd the one with the largest margin counts, and the clean image is one of them."""
-    def near(x):
-        return torch.minimum(torch.maximum(x, clean - epsilon), clean + epsilon).clamp(0, 1)
+def near(clean, epsilon, x):
+    """Images x, moved to within epsilon of each pixel of the clean ones, and to 0 to 1."""
+    return torch.minimum(torch.maximum(x, clean - epsilon), clean + epsilon).clamp(0, 1)
 
-    loss, worst, gradient = answer(net, clean, labels, settings)
-    found = {name: answer(net, near(clean + epsilon * signs), labels, settings)[:2] for name, signs in
-             [("fgsm", gradient.sign()), ("sign_noise", (2 * draws - 1).sign())]}
-    x = near(clean + epsilon * (2 * draws - 1))
+
+def ascend(net, clean, labels, draws, epsilon, settings, steps=STEPS):
+    """Projected gradient ascent of the margin from a random start: yields images (S, B, C, H, W), their loss and their
+    margin, (S, B) each, of the start and after each step. draws: uniform numbers from 0 to 1, (B, C, H, W)."""
+    x = near(clean, epsilon, clean + epsilon * (2 * draws - 1))
     for _ in range(steps + 1):
-        new_loss, margin, gradient = answer(net, x, labels, settings)
+        loss, margin, gradient = answer(net, x, labels, settings)
+        yield x, loss, margin
+        x = near(clean, epsilon, x + 2.5 * epsilon / steps * gradient.sign())
+
+
+def attack(net, clean, unattacked, labels, draws, epsilon, settings):
+    """Attack images (S, B, C, H, W) from 0 to 1 within epsilon of each pixel: {attack: loss and margin, (S, B) each};
+    where the margin is above 0 the answer is wrong. unattacked: the answer to the clean images. Of the steps of pgd the
+    one with the largest margin counts, and the clean image is one of them."""
+    loss, worst, gradient = unattacked
+    found = {name: answer(net, near(clean, epsilon, clean + epsilon * signs), labels, settings)[:2] for name, signs in
+             [("fgsm", gradient.sign()), ("sign_noise", (2 * draws - 1).sign())]}
+    for _, new_loss, margin in ascend(net, clean, labels, draws, epsilon, settings):
         loss, worst = torch.where(margin > worst, new_loss, loss), torch.maximum(margin, worst)
-        x = near(x + 2.5 * epsilon / steps * gradient.sign())
     return {"pgd": (loss, worst)} | found
 
 
@@ -72,8 +81,10 @@ def measure_attack(net, split, settings):
     draws = torch.rand(pixels.shape, generator=data.generator_of("attack")).to(pixels.device)
     for images, labels, numbers in data.cache_sized(pixels / 255, split.labels[:len(pixels)], draws):
         clean, labels = (tensor.expand(len(net.models), *tensor.shape) for tensor in (images, labels))
+        unattacked = answer(net, clean, labels, settings)
         for epsilon in EPSILONS[pixels.shape[1] > 1]:
-            for name, (loss, margin) in attack(net, clean, labels, numbers, epsilon, settings).items():
+            found = attack(net, clean, unattacked, labels, numbers, epsilon, settings)
+            for name, (loss, margin) in found.items():
                 sums.setdefault((name, epsilon), []).append(torch.stack([loss.sum(1), (margin < 0).sum(1)]))
     means = {key: (stack.total(parts) / len(pixels)).T.tolist() for key, parts in sums.items()}
     return [[dict(attack=name, epsilon=epsilon, test_loss=values[i][0], test_accuracy=values[i][1])

@@ -46,18 +46,6 @@ def branch_gradients(model, x, labels, settings):
     return found
 
 
-def attacked(net, x, labels, draws, epsilon, settings):
-    """Images x (B, C, H, W) after all steps of projected gradient ascent."""
-    def near(moved):
-        return torch.minimum(torch.maximum(moved, x - epsilon), x + epsilon).clamp(0, 1)
-
-    moved = near(x + epsilon * (2 * draws - 1))
-    for _ in range(attack.STEPS):
-        _, _, gradient = attack.answer(net, moved[None], labels[None], settings)
-        moved = near(moved + 2.5 * epsilon / attack.STEPS * gradient[0].sign())
-    return moved
-
-
 def rows_of(run):
     settings, _ = records.read_config(run)
     plugins.execute_plugins(plugins.keep_plugins(run.parent, settings.get("plugin")))
@@ -68,8 +56,8 @@ def rows_of(run):
     draws = torch.rand(pixels.shape, generator=data.generator_of("attack"))
     sums = {}
     for x, labels, numbers in data.cache_sized(pixels / 255, split.labels[:len(pixels)], draws):
-        moved = attacked(net, x, labels, numbers, EPSILONS[settings["dataset"]], settings)
-        for condition, images in [("clean", x), ("pgd", moved)]:
+        *_, (moved, _, _) = attack.ascend(net, x[None], labels[None], numbers, EPSILONS[settings["dataset"]], settings)
+        for condition, images in [("clean", x), ("pgd", moved[0])]:
             for block, figures in enumerate(branch_gradients(model, images, labels, settings)):
                 sums.setdefault((condition, block), []).append(figures)
     for (condition, block), parts in sums.items():

@@ -86,8 +86,8 @@ PLACES = [
     ("trials/sizes", [f"{name}{depth}" for depth in (1, 2, 4, 8) for name in ("vitdepth", "vitdiffdepth")], range(5),
      ["mnist"], LATER_CPU),
     ("trials/sizes", ["vitlarge", "vitdifflarge", "vitdiffpaperlarge"], range(3), ["cifar10"], H200),
-    ("brightness", ["vit", "vitboth", "vitdiff", "vitdiffv2"], TEN, BOTH, CPU),
-    ("brightness", ["vitheads"], range(5), BOTH, CPU),
+    ("augmentation/brightness", ["vit", "vitboth", "vitdiff", "vitdiffv2"], TEN, BOTH, CPU),
+    ("augmentation/brightness", ["vitheads"], range(5), BOTH, CPU),
     ("faults/activated", ["vit", "vitdiff"], TEN, ["mnist"], OLD),
     ("faults/ordered", ["vit", "vitdiff"], TEN, ["mnist"], OLD),
     ("faults/attention", ["vitdifftokennorm", "vitdiffnovember"], TEN, ["mnist"], OLD),
@@ -102,7 +102,8 @@ def test_runs(place):
              for key, run in runs_of(place).items()}
     assert found == {key: facts for name, models, seeds, datasets, facts in PLACES if name == place
                      for key in itertools.product(datasets, models, seeds)}
-    changed = {("brightness", "mnist"): dict(brightness=0.2), ("brightness", "fashionmnist"): dict(brightness=0.2),
+    changed = {("augmentation/brightness", "mnist"): dict(brightness=0.2),
+               ("augmentation/brightness", "fashionmnist"): dict(brightness=0.2),
                ("trials/recipes", "mnist"): dict(muon_lr=0.008),
                ("trials/recipes", "fashionmnist"): dict(batch_size=128, muon_lr=0.005, lr=0.003)}
     for (dataset, _, seed), run in runs_of(place).items():
@@ -171,7 +172,7 @@ def test_links():
                 linked.add(path)
     assert {HERE / name for name in tracked if re.search(r"(mnist|cifar10)-[a-z-]+\.(png|md)$", name)} <= linked
     assert len(tracked) < 420 and {Path(name).parts[1] for name in tracked if name.startswith("runs/")} <= {
-        "README.md", "reference", "controls", "augmentation", "brightness", "faults", "trials"}
+        "README.md", "reference", "controls", "augmentation", "faults", "trials"}
 
 
 # Data of one's own.

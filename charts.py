@@ -189,13 +189,9 @@ def draw_validation(figure, write, dataset, lines):
                        labelled(lines), {f"val_{figure}": ""}, skip=0.25)
 
 
-def lambda_columns(run):
-    return [name for name in run.metrics if name.startswith("lambda_")]
-
-
 def draw_lambda(dataset, lines):
-    lines = labelled(lines, lambda_columns)
-    columns = {name for run in stats.runs_of(lines) for name in lambda_columns(run)}
+    lines = labelled(lines, stats.lambda_columns)
+    columns = {name for run in stats.runs_of(lines) for name in stats.lambda_columns(run)}
     return draw_curves(
         f"Lambda, the weight of the second branch, on {in_print(dataset)}",
         ["mean over heads and tokens of the validation split; the last block uses that of the class token alone"],
@@ -225,18 +221,6 @@ def draw_parameters(dataset, lines):
 
 # Charts with a row a model.
 
-FAMILIES = ["Self-attention", "Subtracting", "Adding in place of subtracting"]
-
-
-def family_of(line):
-    """Which of FAMILIES a line is of, by what its runs recorded and whatever its model's name: it subtracts, be it a
-    second map or a part of the mean, if its maps have negative weights; of others, self-attention has no lambda."""
-    if any(figures["negative_share"] for run in line.runs for blocks in (run.attention or {}).values()
-           for figures in blocks.values()):
-        return 1
-    return 2 if any(map(lambda_columns, line.runs)) else 0
-
-
 def dashed_note(lines):
     return f"; dashed: {BASELINE}" if any(line.model == BASELINE for line in lines) else ""
 
@@ -264,9 +248,9 @@ def draw_rows(title, notes, lines, panels, draw, finish, width, columns, legend=
 
     first, *_ = panels.values()
     rows = {}  # the line of each text at the left, None for the heading of a family
-    order = sorted(lines, key=lambda line: (family_of(line), -mean(line, first)))
-    for family, members in itertools.groupby(order, family_of):
-        rows |= {FAMILIES[family]: None} | {line.label: line for line in members}
+    order = sorted(lines, key=lambda line: (stats.family_of(line), -mean(line, first)))
+    for family, members in itertools.groupby(order, stats.family_of):
+        rows |= {stats.FAMILIES[family]: None} | {line.label: line for line in members}
     figure, grid = new_figure(
         title, [*notes, what_is_shown(lines)], (width, 0.27 * len(rows)), (len(panels) // columns, columns),
         left=0.4 + width_of(rows), gap=(0.4, 0.65), legend=legend)
@@ -301,7 +285,7 @@ def draw_shift(dataset, lines):
         f"Test error under Gaussian noise on {in_print(dataset)}", [
             "shift: each pixel becomes the mean of what the noise makes of it; fluctuation: the rest",
             f"mean over severities 1 to {severities}{dashed_note(lines)}{training_note('; trained with', lines)}"],
-        lines, {heading: [functools.partial(stats.noise_error, names=[name], severities=severities)]
+        lines, {heading: [functools.partial(stats.noise_error, names=[name], last=severities)]
                 for heading, name in panels.items()}, draw_error, show_errors, 2.4, len(panels))
 
 
@@ -377,33 +361,73 @@ def set_decades(axes):
 
 # Other charts.
 
+def draw_panels(title, notes, lines, panels, draw, xlabel, ticks=()):
+    """A figure of test errors on one scale. panels: {heading: what draw is given}, three side by side at most. draw: a
+    function of (panel, line, that). ticks: texts at 0, 1, ... of the x axis."""
+    columns = min(3, len(panels))
+    figure, grid = new_figure(title, [*notes, what_is_shown(lines)], (3.1, 2.2), (ceil(len(panels) / columns), columns),
+                              legend=texts_of(lines))
+    for axes in grid.flat[len(panels):]:
+        axes.remove()
+    for place, (axes, heading) in enumerate(zip(grid.flat, panels)):
+        for line in lines:
+            draw(axes, line, panels[heading])
+        axes.set(title=heading, ylabel="test error")
+        axes.label_outer()
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks, fontsize="small")
+        if place >= len(panels) - columns:  # nothing stands below it
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+    grid[0, 0].set_ylim(bottom=0)
+    show_shares(grid[0, 0])
+    return with_legend(figure)
+
+
 def draw_severities(title, choose, dataset, lines):
     """Test error by severity, a panel for each corruption that `choose` takes; severity 0 is the clean test split."""
     lines = labelled(lines, lambda run: run.noise)
     shared, severities = stats.shared_corruptions(lines)
     names = choose(shared)
-    if not names:
-        return None
-    columns = min(3, len(names))
-    figure, grid = new_figure(
+    return draw_panels(
         f"Test error by severity of {title} on {in_print(dataset)}",
-        ["trained without corruption" + training_note(", except for", lines), what_is_shown(lines)], (3.1, 2.2),
-        (ceil(len(names) / columns), columns), legend=texts_of(lines))
-    for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, names)):
-        if not name:
-            axes.remove()
-            continue
-        for line in lines:
-            draw_mean(axes, range(severities + 1), line, lambda run: [
-                1 - share for share in (run.summary["test_accuracy"], *run.noise[name][:severities])], shares=True)
-        axes.set(title=stats.readable(name).capitalize(), ylabel="test error")
-        axes.label_outer()
-        if place >= len(names) - columns:  # nothing stands below it
-            axes.set_xlabel("severity (0: clean)")
-            axes.tick_params(labelbottom=True)
-    grid[0, 0].set_ylim(bottom=0)
-    show_shares(grid[0, 0])
-    return with_legend(figure)
+        ["trained without corruption" + training_note(", except for", lines)], lines,
+        {stats.readable(name).capitalize(): name for name in names},
+        lambda axes, line, name: draw_mean(axes, range(severities + 1), line, lambda run: [
+            1 - share for share in (run.summary["test_accuracy"], *run.noise[name][:severities])], shares=True),
+        "severity (0: clean)") if names else None
+
+
+def draw_attack(dataset, lines):
+    """Test error by epsilon, under attack by the gradient and under random signs."""
+    lines = labelled(lines, lambda run: run.attack)
+    sizes = [epsilon.split()[1] for line in lines[:1] for epsilon in stats.attack_errors(line.runs[0])["pgd"]]
+    return draw_panels(
+        f"Test error under attack on {in_print(dataset)}",
+        ["each pixel is changed by epsilon at most, a share of white; the first 1,000 test images"], lines,
+        {"By the gradient (pgd)": "pgd", "By random signs": "sign_noise"},
+        lambda axes, line, attack: draw_mean(axes, range(len(sizes)), line, lambda run: [
+            error / 100 for error in stats.attack_errors(run)[attack].values()], shares=True),
+        "epsilon" + ", in 255ths" * ("/" in str(sizes)), [size.split("/")[0] for size in sizes]) if sizes else None
+
+
+def draw_aligned(dataset, lines):
+    """Test error with the offset removed, by the images that it is estimated from; muted, with a random vector."""
+    lines = labelled(lines, lambda run: run.aligned)
+    names, counts, _ = stats.aligned_conditions(lines)
+
+    def draw(axes, line, name):
+        draw_mean(axes, range(len(counts)), line, lambda run: [
+            stats.error_without("offset", name, images=count)(run) / 100 for count in counts], shares=True)
+        muted = line.style | dict(alpha=0.4, markerfacecolor="white")
+        draw_intervals(axes, [len(counts)], line._replace(label="", style=muted), lambda run: [
+            stats.error_without("random vector", name)(run) / 100], shares=True)
+
+    return draw_panels(
+        f"Test error at severity 3 with the offset removed, {in_print(dataset)}",
+        ["offset: what the corruption adds to a head's mean output; hollow: a random vector of the same length"], lines,
+        {stats.readable(name).capitalize(): name for name in names}, draw,
+        "validation images (0: as it is)", [*(f"{count:,.0f}" for count in counts), "random"]) if names else None
 
 
 def draw_attention(title, condition, figures, dataset, lines):

@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +29,8 @@ import records
 import report
 import stats
 from command import UserError
+from report import figure_column
+from stats import BASELINE, compare_lines, test_accuracy
 
 QUESTIONS = ["How accurate?", "How robust?", "Why?", "How was it trained?"]
 ACCURATE, ROBUST, WHY, TRAINED = QUESTIONS
@@ -48,10 +51,18 @@ CHARTS = {
         functools.partial(charts.draw_severities, "noise and its parts", stats.noise_parts), ROBUST,
         "Where the curves under a noise look like those under its shift, it harms by making pixels brighter or darker "
         "on average, and where they look like those under its fluctuation, by the randomness that remains."),
+    "attack": (
+        charts.draw_attack, ROBUST,
+        "The lower a curve stays on its way to the right, the better the model withstands small changes of all pixels, "
+        "chosen by its own gradient in the left panel and by chance in the right one."),
     "response": (
         charts.draw_response, WHY,
         "Where the output of a head stands left of both its branches, subtracting one from the other has removed noise "
         "that they share."),
+    "aligned": (
+        charts.draw_aligned, WHY,
+        "The further a curve falls on its way to the right, the more errors the offset made, and a hollow mark tells "
+        "whether removing any other vector would do as well."),
     "relevance": (
         functools.partial(
             charts.draw_attention, "Attention to patches without any of the object", stats.has_background,
@@ -77,7 +88,8 @@ CHARTS = {
         functools.partial(charts.draw_validation, "accuracy", "{:.2%}".format), TRAINED,
         "The higher a curve ends, the more images of the validation split the model recognises."),
 }
-TABLES = {"table": ACCURATE, "paired-table": ACCURATE, "noise-table": ROBUST, "shift-table": ROBUST, "runs": TRAINED}
+TABLES = {"table": ACCURATE, "paired-table": ACCURATE, "noise-table": ROBUST, "shift-table": ROBUST,
+          "attack-table": ROBUST, "runs": TRAINED}
 # The question of each table; that of others is WHY.
 
 PAGE = """<!DOCTYPE html>
@@ -167,6 +179,50 @@ def make_page(lines_of, answers, comparisons):
             if (dataset, question) in answers:
                 parts += [f"<h3>{question}</h3>", *answers[dataset, question]]
     return "\n".join([*parts, "</body></html>\n"])
+
+
+# What is printed.
+
+SCREEN, WIDTH = 40, 100  # lines and characters
+OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
+OVERVIEW_PARTS = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
+FEW_SEEDS = "Fewer than six seeds decide nothing: of n, p is at least 2 / 2^n (six: 0.03). Two have no interval."
+
+
+def overview_rows(dataset, lines):
+    """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
+    model, seeds = report.line_columns(lines).values()
+    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
+    columns = {"seeds": seeds} | {
+        figure: figure_column(lines, figure, interval=False) for figure in ("parameters", "val loss", "accuracy")}
+    columns[f"minus {BASELINE}, points"] = [
+        report.difference_cell(comparisons[line.label]) if line.label in comparisons else stats.why_alone(line, lines)
+        for line in lines]
+    for part, error in stats.part_errors(lines).items():
+        columns[part] = [report.mean_cell(line, "{:.1f}%", error, interval=False) for line in lines]
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    texts = ["  ".join(map(str.rjust, cells, widths)) for cells in [columns, *zip(*columns.values())]]
+    labels = [stats.in_print(dataset), *model]
+    room = min(max(map(len, labels)), WIDTH - len(texts[0]) - 2)
+    wrapped = [textwrap.wrap(label, room, subsequent_indent="  ") for label in labels]
+    return ["\n".join([f"{first:{room}}  {text}".rstrip(), *more]) for (first, *more), text in zip(wrapped, texts)]
+
+
+def overview(lines_of, out):
+    """What is printed of {data set: lines}: of each table in the folder `out` the rows that the screen has room for."""
+    tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
+    notes = [OVERVIEW_NOTE, *[OVERVIEW_PARTS] * any("fluctuation" in heading for heading, *_ in tables.values())]
+    notes += [FEW_SEEDS] * any(
+        found.count < 6 for lines in lines_of.values() for found in compare_lines(lines, test_accuracy).values())
+    for most in range(SCREEN, -1, -1):
+        texts = []
+        for dataset, (heading, *rows) in tables.items():
+            more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
+            texts += [heading, *rows[:most], *more, ""] if most else more
+        text = "\n".join([*texts, *notes])
+        if text.count("\n") + 2 <= SCREEN:  # plot.py prints one more line
+            break
+    return text
 
 
 # The command.
@@ -271,7 +327,7 @@ def check_pairs(pairs, lines_of):
             raise UserError(f"argument --compare: {' '.join(pair)} are not two models, or are compared twice")
         for model in pair:
             command.check_name("model", model, models)
-        if not any(stats.paired_differences(lines, stats.test_accuracy, [pair]) for lines in lines_of.values()):
+        if not any(stats.paired_differences(lines, test_accuracy, [pair]) for lines in lines_of.values()):
             print(f"not compared: {' and '.join(pair)}, which share no two seeds of one recipe", file=sys.stderr)
 
 
@@ -293,7 +349,7 @@ def plot(args):
     if comparisons:
         command.write_whole(out / "comparisons.md", comparisons)
     command.write_whole(out / "index.html", make_page(lines_of, answers, comparisons))
-    print(f"{report.overview(lines_of, out)}\n{len(drawn)} charts and all tables: open {out / 'index.html'}")
+    print(f"{overview(lines_of, out)}\n{len(drawn)} charts and all tables: open {out / 'index.html'}")
 
 
 def parse_flags(argv):

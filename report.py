@@ -1,6 +1,6 @@
-"""Tables of runs, in Markdown and for the terminal: what stats.py computes, laid out.
+"""Tables of runs, in Markdown: what stats.py computes, laid out.
 
-plot.py writes those of each data set (make_tables) and of the models that are compared, and prints the overview.
+plot.py writes those of each data set (make_tables) and of the models that are compared.
 `python report.py` writes the numbers in the tables of README.md and of the pages in runs/.
 """
 
@@ -10,14 +10,15 @@ import math
 import re
 import statistics
 import sys
-import textwrap
 from pathlib import Path
 
 import command
 import records
 import stats
-from command import UserError, read_csv, read_text, reading, write_whole
-from stats import BASELINE, compare_lines, error_under, in_print, keep_runs, part_of, readable, test_accuracy
+from command import UserError, read_text, reading, write_whole
+from stats import (
+    BASELINE, FIGURES, REMOVED, compare_lines, error_under, error_without, in_print, keep_runs, part_of, readable, rows_of,
+    test_accuracy)
 
 VIT = f"`{BASELINE}`"
 INTERVAL_NOTE = "±: half the 95% confidence interval of the mean over seeds (Student's t)."
@@ -32,46 +33,12 @@ RESPONSE_NOTE = (
     "that is the same in all images. Cosines: between the first branch and minus the second, of the changes and of the "
     "clean outputs. A third branch and those after it are in the sum alone.")
 
-
-# Figures of runs: of each its format, and a function of a run and perhaps a corruption.
-
-@functools.cache
-def rows_of(path):
-    """The rows of a CSV file, {column: text of a cell}."""
-    return read_csv(path, advice=records.ORIGINAL)[1]
-
-
-def published_accuracy(run):
-    found = stats.PUBLISHED.get((run.settings["dataset"], run.settings["model"]))
-    return 100 * found.test_accuracy if found else math.nan
-
-
-def response(name, run, corruption):
-    return stats.response_figure(run, f"{corruption}_3", 1, name)
-
-
-def shared_part(run, corruption):
-    """Noise to signal of the change that all images share, the mean over the heads of the last block."""
-    name, folder = run.folder.name, run.folder if run.folder.exists() else run.folder.parent
-    return statistics.fmean(
-        float(row["noise_to_signal"]) * float(row["common_share"]) for row in rows_of(folder / "response.csv")
-        if row.get("run", name) == name and (row["condition"], row["block"]) == (f"{corruption}_3", "1"))
-
-
-BRANCHES = {"first branch": "noise_to_signal_1", "second branch": "noise_to_signal_2", "output": "noise_to_signal",
-            "cosine of changes": "noise_cosine", "cosine of clean outputs": "signal_cosine"}
-FIGURES = {
-    "parameters": ("{:,.0f}", lambda run, *_: run.summary["parameters"]),
-    "val loss": ("{:.4f}", lambda run, *_: run.summary["val_loss"]),
-    "test loss": ("{:.4f}", lambda run, *_: run.summary["test_loss"]),
-    "accuracy": ("{:.2f}%", lambda run, *_: test_accuracy(run)),
-    "published": ("{:.2f}%", lambda run, *_: published_accuracy(run)),
-    "error": ("{:.1f}%", lambda run, corruption: error_under(corruption)(run) if corruption
-              else 100 - test_accuracy(run)),
-    "irrelevant share": ("{:.1f}%", lambda run, *_: stats.trained_irrelevant_share(run)),
-    **{word: ("{:.2f}", functools.partial(response, name)) for word, name in BRANCHES.items()},
-    "shared part": ("{:.2f}", shared_part),
-    "own part": ("{:.2f}", lambda *of: response("noise_to_signal", *of) - shared_part(*of))}
+OFFSET_NOTE = (
+    "Offset: what the corruption adds to the mean of each head's output at each token and block, by so many validation "
+    "images without labels. It is subtracted at the test. Random vector: as long as the offset at each token.")
+ATTACK_NOTE = (
+    "The first 1,000 test images, of which each pixel is changed by epsilon at most, a share of white. Pgd: 40 steps "
+    "by the gradient. Fgsm: one step. Sign noise: random signs, without a gradient.")
 
 
 # Cells.
@@ -196,18 +163,22 @@ def difference_table(dataset, lines):
         "test loss": compare_lines(lines, lambda run: run.summary["test_loss"])})
 
 
-def corruption_table(dataset, lines, names):
-    """The paired difference of the test error under each corruption, with one correction for all of them."""
-    found = stats.compare({(label, name): differences for name in names for label, differences in (
-        stats.paired_differences(lines, error_under(name)).items())})
+def cells_table(heading, lines, figures):
+    """The paired difference of each figure, {heading: a function of a run}, with one correction for all of them."""
+    found = stats.compare({(label, name): differences for name, figure_of in figures.items() for label, differences in (
+        stats.paired_differences(lines, figure_of).items())})
     cells = {key: f"**{difference_cell(comparison)}**" if comparison.p_holm < 0.05 else difference_cell(comparison)
              for key, comparison in found.items()}
     labels = dict.fromkeys(label for label, _ in found)
     return make_columns(
-        f"{dataset}: difference in the test error under each corruption, points",
-        {"model": labels} | {readable(name): [cells[label, name] for label in labels] for name in names},
+        heading, {"model": labels} | {name: [cells.get((label, name), "") for label in labels] for name in figures},
         f"{difference_note()}. Bold: p is below 0.05 by the exact two-sided sign-flip test with Holm's correction for "
         f"all {len(found)} cells.") if found else ""
+
+
+def corruption_table(dataset, lines, names):
+    return cells_table(f"{dataset}: difference in the test error under each corruption, points", lines,
+                       {readable(name): error_under(name) for name in names})
 
 
 def noise_tables(dataset, lines):
@@ -253,21 +224,62 @@ def shift_tables(dataset, lines):
     yield from severity_tables(dataset, lines, gaussian)
 
 
+def figure_table(heading, corner, lines, rows, *notes, form="{:.1f}%"):
+    """Markdown of means. rows: {first cell: {heading of a column: a function of a run}}, a row a line for each."""
+    first, *_ = rows.values()
+    return make_table(heading, [corner, "model", *first], [
+        [name, line.label, *(mean_cell(line, form, figure_of) for figure_of in figures.values())]
+        for name, figures in rows.items() for line in lines], *notes)
+
+
 def severity_tables(dataset, lines, names):
     """The test error under each of some corruptions at each severity, and the paired difference."""
-    amounts, errors, differences = lines[0].runs[0].amounts[names[0]], [], []
-    for name in names:
-        figures = [lambda run, i=i: 100 * (1 - run.noise[name][i]) for i in range(len(amounts))]
-        errors += [[readable(name), line.label, *(mean_cell(line, "{:.2f}%", figure_of) for figure_of in figures)]
-                   for line in lines]
-        found = [compare_lines(lines, figure_of) for figure_of in figures]
-        differences += [[readable(name), label, *(difference_cell(comparisons[label]) for comparisons in found)]
+    amounts, differences = lines[0].runs[0].amounts[names[0]], []
+    rows = {readable(name): {f"severity {i} ({amount:g})": error_under(name, first=i, last=i)
+                             for i, amount in enumerate(amounts, 1)} for name in names}
+    yield figure_table(f"{dataset}: test error by severity", "corruption", lines, rows, INTERVAL_NOTE, form="{:.2f}%")
+    for name, figures in rows.items():
+        found = [compare_lines(lines, figure_of) for figure_of in figures.values()]
+        differences += [[name, label, *(difference_cell(comparisons[label]) for comparisons in found)]
                         for label in found[0]]
-    columns = ["corruption", "model", *(f"severity {i} ({amount:g})" for i, amount in enumerate(amounts, 1))]
-    yield make_table(f"{dataset}: test error by severity", columns, errors, INTERVAL_NOTE)
     if differences:
-        yield make_table(f"{dataset}: difference in the test error by severity, points", columns, differences,
-                         f"{difference_note()}.")
+        yield make_table(f"{dataset}: difference in the test error by severity, points",
+                         ["corruption", "model", *figures], differences, f"{difference_note()}.")
+
+
+def attack_tables(dataset, lines):
+    """The test error under each attack by epsilon, and the paired difference under the strongest."""
+    lines = keep_runs(lines, lambda run: run.attack)
+    rows = {readable(attack): {epsilon: stats.error_under_attack(attack, epsilon) for epsilon in epsilons}
+            for run in stats.runs_of(lines)[:1] for attack, epsilons in stats.attack_errors(run).items()}
+    if rows:
+        yield figure_table(f"{dataset}: test error under attack", "attack", lines, rows, INTERVAL_NOTE, ATTACK_NOTE)
+        yield cells_table(f"{dataset}: difference in the test error under pgd, points", lines, rows["pgd"])
+
+
+def aligned_tables(dataset, lines):
+    """The test error with the offset removed, by the images that it is estimated from; with what controls remove; and
+    the paired difference with the offset removed."""
+    lines = keep_runs(lines, lambda run: run.aligned)
+    names, counts, others = stats.aligned_conditions(lines)
+
+    def by_images(name, *severities):
+        return {f"{count:,.0f} images" if count else "as it is": error_without(
+            "offset", name, images=count, severities=severities) for count in counts}
+
+    if not names:
+        return
+    rows = {f"{readable(name)}, {text}": by_images(name, *severities) for name in names
+            for text, severities in {"severity 3": [3], "mean of 1, 3, 5": [1, 3, 5]}.items()}
+    yield figure_table(f"{dataset}: test error with the offset removed", "corruption", lines,
+                       rows | {"clean": by_images("clean", 0)}, INTERVAL_NOTE, OFFSET_NOTE)
+    rows = {readable(name): {"as it is": by_images(name, 3)["as it is"]} | {
+        removed: error_without(removed, name) for removed in REMOVED} for name in names}
+    yield figure_table(f"{dataset}: test error at severity 3 with the offset or a control removed", "corruption", lines,
+                       rows, INTERVAL_NOTE, "Another corruption: {}.".format(", ".join(
+                           f"{readable(other)} under {readable(name)}" for name, other in others)))
+    yield cells_table(f"{dataset}: difference in the test error at severity 3 with the offset removed, points", lines,
+                      {name: figures["offset"] for name, figures in rows.items()})
 
 
 def response_tables(dataset, lines):
@@ -310,7 +322,8 @@ def attention_tables(dataset, lines):
 
 
 DATASET_TABLES = {"table": result_table, "paired-table": difference_table, "noise-table": noise_tables,
-                  "shift-table": shift_tables, "response-table": response_tables, "attention-table": attention_tables}
+                  "shift-table": shift_tables, "attack-table": attack_tables, "aligned-table": aligned_tables,
+                  "response-table": response_tables, "attention-table": attention_tables}
 
 
 def make_tables(dataset, lines):
@@ -339,50 +352,6 @@ def comparison_tables(lines_of, compared):
               stats.part_errors)]))
 
 
-# What is printed.
-
-SCREEN, WIDTH = 40, 100  # lines and characters
-OVERVIEW_NOTE = f"Means over seeds. Minus {BASELINE}: test accuracy less that of the same seeds, with a 95% interval."
-OVERVIEW_PARTS = "Shift, fluctuation: mean test error under each of these two parts of Gaussian noise alone."
-FEW_SEEDS = "Fewer than six seeds decide nothing: of n, p is at least 2 / 2^n (six: 0.03). Two have no interval."
-
-
-def overview_rows(dataset, lines):
-    """The rows of the data set's table as aligned texts, of more than one line where a label is long."""
-    model, seeds = line_columns(lines).values()
-    comparisons = compare_lines(lines, test_accuracy, more_is_better=True)
-    columns = {"seeds": seeds} | {
-        figure: figure_column(lines, figure, interval=False) for figure in ("parameters", "val loss", "accuracy")}
-    columns[f"minus {BASELINE}, points"] = [
-        difference_cell(comparisons[line.label]) if line.label in comparisons else stats.why_alone(line, lines)
-        for line in lines]
-    for part, error in stats.part_errors(lines).items():
-        columns[part] = [mean_cell(line, "{:.1f}%", error, interval=False) for line in lines]
-    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
-    texts = ["  ".join(map(str.rjust, cells, widths)) for cells in [columns, *zip(*columns.values())]]
-    labels = [in_print(dataset), *model]
-    room = min(max(map(len, labels)), WIDTH - len(texts[0]) - 2)
-    wrapped = [textwrap.wrap(label, room, subsequent_indent="  ") for label in labels]
-    return ["\n".join([f"{first:{room}}  {text}".rstrip(), *more]) for (first, *more), text in zip(wrapped, texts)]
-
-
-def overview(lines_of, out):
-    """What is printed of {data set: lines}: of each table in the folder `out` the rows that the screen has room for."""
-    tables = {dataset: overview_rows(dataset, lines) for dataset, lines in lines_of.items()}
-    notes = [OVERVIEW_NOTE, *[OVERVIEW_PARTS] * any("fluctuation" in heading for heading, *_ in tables.values())]
-    notes += [FEW_SEEDS] * any(
-        found.count < 6 for lines in lines_of.values() for found in compare_lines(lines, test_accuracy).values())
-    for most in range(SCREEN, -1, -1):
-        texts = []
-        for dataset, (heading, *rows) in tables.items():
-            more = [f"... {len(rows) - most} more in {out / dataset}-table.md"] * (len(rows) > most)
-            texts += [heading, *rows[:most], *more, ""] if most else more
-        text = "\n".join([*texts, *notes])
-        if text.count("\n") + 2 <= SCREEN:  # plot.py prints one more line
-            break
-    return text
-
-
 # The pages: README.md and those in runs/. The headings of a table say what is in its cells.
 
 RUNS = Path(__file__).parent / "runs"
@@ -390,24 +359,28 @@ HELP = """Write the numbers in the tables of README.md and of the pages in runs/
 
 A table stands between <!-- table: WORDS --> and <!-- end of table -->. You write its headings. WORDS and the headings
 of a row and column say what their cell is, with commas between words: the data set, the model, the figure, the
-corruption of the images, the seeds ("seeds 0 to 4"), the folder in runs/. "vitdiff - vit" is the difference between
-two models, seed by seed. "brightness - reference" is the difference between two folders. Nothing else is changed."""
+corruption of the images or epsilon of the attack, the seeds ("seeds 0 to 4"), the folder in runs/. "vitdiff - vit" is
+the difference between two models, seed by seed, and "vitdiff / vit" the ratio of their means; so are
+"controls - reference" and "controls / reference" those of two folders. Nothing else is changed."""
 PAGES = [*RUNS.parent.glob("README.md"), *sorted(RUNS.glob("**/README.md"))]
 TABLES = {words: page for page in reversed(PAGES)  # {the words of a mark: the first page that has it}
           for words in re.findall("<!-- table: (.+) -->", page.read_text("utf-8", "replace"))}
-CORRUPTIONS = [*stats.GAUSSIAN_PARTS, "gaussian_noise", "contrast", "distractors"]
+NOISES = ["gaussian_noise", "shot_noise", "impulse_noise"]
+REST = ["gaussian_blur", "brightness", "contrast", "occlusion", "distractors"]
 COLUMNS = {"clean": "clean", "as they are": "left", "first branch alone": "undone",  # of CSV files, in percent
            "without the shared part": "own", "the shared part alone": "common"}
 WORDS = {  # what each says of a cell
     **{figure: dict(figure=figure) for figure in FIGURES},
     **{word: dict(figure=column) for word, column in COLUMNS.items()},
-    **{part_of(name)[1] or readable(name): dict(corruption=name) for name in CORRUPTIONS},
+    **{part_of(name)[1] or readable(name): dict(corruption=name) for name in [*stats.GAUSSIAN_PARTS, *NOISES, *REST]},
+    "three noises": dict(corruption=" ".join(NOISES)), "the rest": dict(corruption=" ".join(REST)),
+    "error of the first without offset": dict(figure="error at severity 3", first="error without offset"),
     "p (Holm)": {}}
 
 
 def meaning(headings):
     """What the words of headings, with commas between them, say of a cell: what WORDS has, seeds, a model and a folder
-    or CSV file in runs/, of both of which there may be sums, as in `vitdiff` - `vit`."""
+    or CSV file in runs/, of both of which there may be sums and ratios, as in `vitdiff` - `vit`."""
     said = dict(place="reference+controls", seeds=range(10**6), corruption="")
     for word in headings.replace("`", "").split(", "):
         name = re.sub(r"\W", "", word.lower())  # of a data set: fashionmnist, in print Fashion-MNIST
@@ -416,6 +389,8 @@ def meaning(headings):
             said["seeds"] = range(int(seeds[1]), int(seeds[2]) + 1)
         elif word.startswith("vit"):
             said["model"] = word
+        elif word.startswith("epsilon "):
+            said["corruption"] = word
         elif in_print(name) == word != name:
             said["dataset"] = name
         elif (RUNS / re.split("[ +]", word)[0]).exists():
@@ -444,29 +419,37 @@ def figures_of(place, figure, corruption, seeds, **which):
     if place.endswith(".csv"):
         which["part"] = part_of(corruption)[1]
         return {row.get("seed"): float(row[figure]) for row in rows_of(RUNS / place) if row | which == which | row}
-    return {run.settings["seed"]: FIGURES[figure][1](run, corruption) for run in runs_at(place)
-            if run.settings | which == run.settings and run.settings["seed"] in seeds}
+    found = {run.settings["seed"]: FIGURES[figure][1](run, corruption) for run in runs_at(place)
+             if run.settings | which == run.settings and run.settings["seed"] in seeds}
+    return {seed: value for seed, value in found.items() if figure == "published" or not math.isnan(value)}
 
 
-def sample(place, model, **said):
-    """The figures of a cell, one a seed: of places or models with signs between them, their sums."""
-    places, models = (re.findall(r"(- )?(\w\S*)", text) for text in (place, model))
-    terms = [(1 if minus == other_minus else -1, figures_of(name, model=other, **said))
-             for (minus, name), (other_minus, other) in itertools.product(places, models)]
+def sample(place, model, figure, first=None, **said):
+    """The figures of a cell, one a seed, and those that they are divided by: of places or models with signs between
+    them, their sums. first: the figure of the first model, if it is another."""
+    places, models = (re.findall(r"([-/] )?(\w\S*)", text) for text in (place, model))
+    terms = [(sign + other_sign, figures_of(
+        name, model=other, figure=first if first and other == models[0][1] else figure, **said))
+        for (sign, name), (other_sign, other) in itertools.product(places, models)]
     seeds = set.intersection(*(set(figures) for _, figures in terms))
     if len(seeds) < min(len(terms), 2):
-        raise UserError(f"there are too few runs of {model} in {place}")
-    return [sum(sign * figures[seed] for sign, figures in terms) for seed in seeds]
+        raise UserError(f"there are too few runs of {model} in {place} that have: {first or figure}")
+    return [[sum((-1) ** signs.count("-") * figures[seed] for signs, figures in terms if ("/" in signs) == below)
+             for seed in seeds] for below in (False, True)]
 
 
 def write_column(cells, by_holm):
-    """The texts of a column: means; of differences their means with 95% intervals, or their p by Holm for all."""
+    """The texts of a column: means; of differences their means with 95% intervals, or their p by Holm for all; of
+    ratios those of the means."""
     samples, figure = [sample(**cell) for cell in cells], cells[0]["figure"]
-    if any(" - " in cell["place"] + cell["model"] for cell in cells):
-        found = stats.compare(dict(enumerate(samples))).values()
+    signs = "".join(cell["place"] + cell["model"] for cell in cells)
+    if " / " in signs:
+        return [f"{sum(values) / sum(others):.2f}" for values, others in samples]
+    if " - " in signs or "fall" in figure:
+        found = stats.compare({i: values for i, (values, _) in enumerate(samples)}).values()
         return [f"{row.p_holm:.2g}" if by_holm else difference_cell(row, 4 if "loss" in figure else 2) for row in found]
     form, _ = FIGURES.get(figure, ("{:.1f}%", None))
-    return [write(statistics.fmean(values), form) for values in samples]
+    return [write(statistics.fmean(values), form) for values, _ in samples]
 
 
 TABLE = re.compile(r"(<!-- table: (.+) -->\n)((?:\|.*\|\n){3,})(?=<!-- end of table -->)")

@@ -5,6 +5,7 @@ report.py lays out what is computed here, plot.py draws it.
 """
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from collections import defaultdict, namedtuple
 import numpy
 
 import records
-from command import UserError
+from command import UserError, read_csv
 
 BASELINE = "vit"  # what every other model is compared with
 # In these, models as such differ, and runs on a GPU from those on a CPU.
@@ -146,6 +147,22 @@ def keep_runs(lines, condition):
     return [line for line in kept if line.runs]
 
 
+def lambda_columns(run):
+    return [name for name in run.metrics if name.startswith("lambda_")]
+
+
+FAMILIES = ["Self-attention", "Subtracting", "Adding in place of subtracting"]
+
+
+def family_of(line):
+    """Which of FAMILIES a line is of, by what its runs recorded and whatever its model's name: it subtracts, be it a
+    second map or a part of the mean, if its maps have negative weights; of others, self-attention has no lambda."""
+    if any(figures["negative_share"] for run in line.runs for blocks in (run.attention or {}).values()
+           for figures in blocks.values()):
+        return 1
+    return 2 if any(map(lambda_columns, line.runs)) else 0
+
+
 def keep_one_protocol(lines):
     """The lines without what their runs did under corruption by other amounts than the first run's: such figures never
     stand beside each other."""
@@ -157,7 +174,7 @@ def keep_one_protocol(lines):
             return run
         attention = {condition: blocks for condition, blocks in (run.attention or {}).items()
                      if condition.rpartition("_")[0] not in found}
-        return run._replace(noise=None, response=None, attention=attention or None)
+        return run._replace(noise=None, response=None, aligned=None, attention=attention or None)
 
     return [line._replace(runs=list(map(restrict, line.runs))) for line in lines]
 
@@ -253,6 +270,9 @@ def compare_lines(lines, figure_of, more_is_better=False):
 
 GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]
 OFFSETS = ["image_offset", "patch_offset"]
+REMOVED = {  # what was taken out of the heads' outputs: what follows the corruption in the conditions of aligned.csv
+    "offset": "", "random vector": "_random", "offset of the class token": "_class_token",
+    "offset of another corruption": "_by_.*"}
 
 
 def in_print(dataset):
@@ -303,14 +323,14 @@ def shared_corruptions(lines):
     return names, len(found[0][names[0]]) if names else 0  # as keep_one_protocol leaves no others beside them
 
 
-def noise_error(run, names, severities=None):
-    """The mean test error under some corruptions at severities from 1: at all, or so many."""
-    return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][:severities])
+def noise_error(run, names, first=1, last=None):
+    """The mean test error under some corruptions at severities from the first to the last."""
+    return statistics.fmean(1 - accuracy for name in names for accuracy in run.noise[name][first - 1:last])
 
 
-def error_under(*names):
-    """A function of a run: the same at all severities, in percent; nan of a run that has met no corruption."""
-    return lambda run: 100 * noise_error(run, names) if run.noise else math.nan
+def error_under(*names, **severities):
+    """A function of a run: the same in percent; nan of a run that has not met all of these corruptions."""
+    return lambda run: 100 * noise_error(run, names, **severities) if {*names} <= {*(run.noise or ())} else math.nan
 
 
 def part_errors(lines):
@@ -319,6 +339,42 @@ def part_errors(lines):
     names, _ = shared_corruptions(lines)
     parts = GAUSSIAN_PARTS if set(GAUSSIAN_PARTS) <= set(names) else []
     return {part_of(name)[1]: error_under(name) for name in parts}
+
+
+def error_without(removed, *names, images=math.inf, severities=(3,)):
+    """A function of a run: the mean test error in percent under some corruptions when what `removed` says, of REMOVED,
+    was taken out, by so many images, or by as many as there are, nothing by 0; nan where that was not measured."""
+    def accuracy(run, name, severity):
+        found = next((part.get(str(severity), {}) for condition, part in (run.aligned or {}).items()
+                      if re.fullmatch(name + REMOVED[removed], condition)), {})
+        return found.get(min(images, max(found, default=0)), math.nan)
+
+    return lambda run: 100 * statistics.fmean(
+        1 - accuracy(run, name, severity) for name, severity in itertools.product(names, severities))
+
+
+def aligned_conditions(lines):
+    """Of aligned.csv the corruptions; by how many images offsets were estimated, from 0; and under which corruption
+    which other's offset was subtracted."""
+    aligned = lines[0].runs[0].aligned if lines else {}
+    found = {name: part["3"] for name, part in aligned.items() if 0 in part.get("3", {})}
+    return list(found), sorted(set().union(*found.values())), [
+        name.split("_by_") for name in aligned if "_by_" in name]
+
+
+def attack_errors(run):
+    """{attack: {"epsilon 0.04": its test error in percent, ...}}; of colour "epsilon 0.25/255"."""
+    def label(epsilon):
+        quarters = round(1020 * epsilon, 3)
+        return f"epsilon {quarters / 4:g}/255" if quarters.is_integer() else f"epsilon {epsilon:g}"
+
+    return {attack: {label(epsilon): 100 * (1 - accuracy) for epsilon, accuracy in accuracies.items()}
+            for attack, accuracies in (run.attack or {}).items()}
+
+
+def error_under_attack(attack, epsilon):
+    """A function of a run; epsilon: as in attack_errors."""
+    return lambda run: attack_errors(run).get(attack, {}).get(epsilon, math.nan)
 
 
 def conditions_and_blocks(lines, analysis):
@@ -358,3 +414,56 @@ def trained_irrelevant_share(run):
     that is called by the value of a setting, as 4_distractors, or clean."""
     as_trained = {f"{value}_{setting}" for setting, value in run.settings.items()}.intersection(run.attention)
     return 100 * attention_figure(run, min(as_trained, default="clean"), -1, "irrelevant_share")
+
+
+# Figures of runs by the words for them in tables: of each its format, and a function of a run and perhaps a corruption.
+
+@functools.cache
+def rows_of(path):
+    """The rows of a CSV file, {column: text of a cell}."""
+    return read_csv(path, advice=records.ORIGINAL)[1]
+
+
+def published_accuracy(run):
+    found = PUBLISHED.get((run.settings["dataset"], run.settings["model"]))
+    return 100 * found.test_accuracy if found else math.nan
+
+
+def response(name, run, corruption):
+    return response_figure(run, f"{corruption}_3", 1, name)
+
+
+def shared_part(run, corruption):
+    """Noise to signal of the change that all images share, the mean over the heads of the last block."""
+    name, folder = run.folder.name, run.folder if run.folder.exists() else run.folder.parent
+    return statistics.fmean(
+        float(row["noise_to_signal"]) * float(row["common_share"]) for row in rows_of(folder / "response.csv")
+        if row.get("run", name) == name and (row["condition"], row["block"]) == (f"{corruption}_3", "1"))
+
+
+def of_names(figure_of, **options):
+    """A figure of a run under one corruption, or under several with spaces between them."""
+    return lambda run, corruption: figure_of(*corruption.split(" "), **options)(run)
+
+
+BRANCHES = {"first branch": "noise_to_signal_1", "second branch": "noise_to_signal_2", "output": "noise_to_signal",
+            "cosine of changes": "noise_cosine", "cosine of clean outputs": "signal_cosine"}
+FIGURES = {
+    "parameters": ("{:,.0f}", lambda run, *_: run.summary["parameters"]),
+    "val loss": ("{:.4f}", lambda run, *_: run.summary["val_loss"]),
+    "test loss": ("{:.4f}", lambda run, *_: run.summary["test_loss"]),
+    "accuracy": ("{:.2f}%", lambda run, *_: test_accuracy(run)),
+    "published": ("{:.2f}%", lambda run, *_: published_accuracy(run)),
+    "error": ("{:.1f}%", lambda run, corruption: of_names(error_under)(run, corruption) if corruption
+              else 100 - test_accuracy(run)),
+    "error at severity 3": ("{:.1f}%", of_names(error_under, first=3, last=3)),
+    **{f"error without {removed}": ("{:.1f}%", of_names(functools.partial(error_without, removed)))
+       for removed in REMOVED},
+    "fall in error without offset": ("{:+.2f}", lambda *of: FIGURES["error at severity 3"][1](*of)
+                                     - FIGURES["error without offset"][1](*of)),
+    **{word: ("{:.1f}%", lambda run, epsilon, attack=attack: error_under_attack(attack, epsilon)(run))
+       for word, attack in {"robust error": "pgd", "fgsm error": "fgsm", "sign noise error": "sign_noise"}.items()},
+    "irrelevant share": ("{:.1f}%", lambda run, *_: trained_irrelevant_share(run)),
+    **{word: ("{:.2f}", functools.partial(response, name)) for word, name in BRANCHES.items()},
+    "shared part": ("{:.2f}", shared_part),
+    "own part": ("{:.2f}", lambda *of: response("noise_to_signal", *of) - shared_part(*of))}

@@ -416,6 +416,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys, size, device, side, dtype):
     clock = iter([[[0.018, 0.02, 0.02, 0.022]] * 2 * size + [[2 * side**3 / 1e11]], [[0.5]] * 2 * size] * len(threads))
     monkeypatch.setattr(torch, "get_num_threads", lambda: taken[-1])
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(machine, "idle_cores", lambda: None)
     monkeypatch.setattr(benchmark, "time_in_turn", time_in_turn)
     monkeypatch.setattr(stack, "is_compiled", lambda choice, *others: choice != "yes")
     monkeypatch.setitem(MODELS, "mapless", dict(attention=variant(SelfAttention, attention_map=property())))

@@ -24,6 +24,7 @@ import stats
 from command import UserError
 from test_records import write_run
 
+EPSILONS = ["epsilon 0.01", "epsilon 0.04"]
 PARTS = ["gaussian_noise", *stats.GAUSSIAN_PARTS, "patch_offset"]
 
 
@@ -49,20 +50,36 @@ def make_parts(model, errors, seeds=2, **options):
         **options) for seed in range(seeds)]
 
 
+def measure(run, less=0.0):
+    """The run with what was measured after offsets were removed and under attack, all accuracies less by so much."""
+    def rows(text, *columns):
+        return [dict(zip(columns, row.split(","))) | dict(test_accuracy=float(row.split(",")[-1]) - less)
+                for row in text.split()]
+
+    return run._replace(
+        aligned=records.aligned_of(rows("""
+            clean,0,0,.88 clean,0,10,.87 contrast,1,0,.8 contrast,1,10,.84 contrast,3,0,.6 contrast,3,10,.8
+            contrast,5,0,.4 contrast,5,10,.46 contrast_random,3,10,.5 contrast_class_token,3,10,.7
+            contrast_by_shot_noise,3,10,.4""", "condition", "severity", "images")),
+        attack=records.attack_of(rows("""
+            pgd,0.01,.7 pgd,0.04,.3 fgsm,0.01,.8 fgsm,0.04,.6 sign_noise,0.01,.9 sign_noise,0.04,.88
+            """, "attack", "epsilon")))
+
+
 def analyse(run, losses=(0.9, 0.7, 0.6, 0.5), lambdas=(), share=0.2, negative=0.0, branches=(0.4, None, 0.4), blocks=2,
             uniform=0.4, more=()):
     """The run with a validation loss an epoch, a lambda a block, attention, response and maps."""
     images, maps = numpy.zeros((8, 1, 28, 28), numpy.uint8), numpy.full((8, 2, 4, 4), share)
     images[:, :, 4:10, 18:24] = 255
     maps[0, 0, 1, 2] = -3 * share
-    return run._replace(
+    return measure(run._replace(
         metrics=dict(epoch=range(1, len(losses) + 1), val_loss=losses, val_accuracy=[1 - loss / 10 for loss in losses])
         | {f"lambda_{block}": [lam] * len(losses) for block, lam in enumerate(lambdas)},
         attention={condition: {block: {"uniform_share": uniform, "irrelevant_share": share + 0.1 * block, "entropy": 2,
                                        "negative_share": negative, "lambda": 0.2, "signal_to_noise": 2.5}
                                for block in range(blocks)} for condition in ("clean", f"{blocks}_distractors", *more)},
         maps=(images, maps), response={f"{part}_3": {block: {name: branch and branch + block for name, branch in zip(
-            charts.BRANCHES, branches)} for block in range(2)} for part in stats.GAUSSIAN_PARTS})
+            charts.BRANCHES, branches)} for block in range(2)} for part in stats.GAUSSIAN_PARTS}))
 
 
 def lines_of(own, reference=()):
@@ -203,7 +220,7 @@ def test_tables_of_the_parts(seeds, bold):
     assert each[1][1:] == [f"**{cell}**" if bold and shift != -0.1 else cell for shift, cell in cells.items()]
     assert severities[3] == ["gaussian noise shift", "vit", *(f"{10 + i}.00% ± 0.00%" for i in range(5))]
     assert differences[2] == ["gaussian noise shift", "vitdiff", *[cells[-6]] * 5]
-    printed = report.overview(stats.arrange([*runs, make_run(9 * "averylongname")]), Path("out"))
+    printed = plot.overview(stats.arrange([*runs, make_run(9 * "averylongname")]), Path("out"))
     assert re.search("shift  fluctuation\n(.*\n)*vit .* 12.0% +7.0%\n", printed) and "\nShift, fluctuation: " in printed
     assert max(map(len, printed.splitlines())) <= 100
 
@@ -230,6 +247,58 @@ def test_response():
         noise_to_signal=0.032, common_share=0.5, signal_cosine=-0.25)})) for model, block in (("vit", 0), ("deep", 1))]
     assert [rows[1:] for rows in rows_of(tables_of(runs)["response-table"])] == [
         [[model, "blur, severity 3", "", "", "0.032", "", "", "50.0%", "", "-0.25"]] for model in ("vit", "deep")]
+
+
+def test_offsets_and_attacks():
+    """Errors with the offset removed stand by the images it is estimated from, beside the controls and the difference
+    from `vit`; those under attack by epsilon, in colour in 255ths. What was not measured so is absent."""
+    runs = [measure(make_run(model, seed), 0.01 * seed - gain) for model, gain in [("vit", 0), ("vitdiff", 0.1)]
+            for seed in range(3)] + [make_run("vitnew", seed) for seed in range(2)]
+    assert not {"aligned-table", "attack-table"} & tables_of(runs[-2:]).keys()
+    aligned, controls, compared = rows_of(tables_of(runs)["aligned-table"])
+    cells = {error: f"{error}.0% ± 2.5%" for error in range(100)}  # 4.3027 / sqrt(3), of 0, 1 and 2 points less
+    assert aligned == [["corruption", "model", "as it is", "10 images"],
+                       ["contrast, severity 3", "vit", cells[41], cells[21]],
+                       ["contrast, severity 3", "vitdiff", cells[31], cells[11]],
+                       ["contrast, mean of 1, 3, 5", "vit", cells[41], cells[31]],
+                       ["contrast, mean of 1, 3, 5", "vitdiff", cells[31], cells[21]],
+                       ["clean", "vit", cells[13], cells[14]], ["clean", "vitdiff", cells[3], cells[4]]]
+    assert controls[0][2:] == ["as it is", *stats.REMOVED]
+    assert controls[1] == ["contrast", "vit", cells[41], cells[21], cells[51], cells[31], cells[61]]
+    same = "-10.00 (-10.00 to -10.00)"
+    assert compared == [["model", "contrast"], ["vitdiff", same]]
+    errors, compared = rows_of(tables_of(runs)["attack-table"])
+    assert errors[:2] == [["attack", "model", *EPSILONS], ["pgd", "vit", cells[31], cells[71]]]
+    assert errors[3:6:2] == [["fgsm", "vit", cells[21], cells[41]], ["sign noise", "vit", cells[11], cells[13]]]
+    assert compared == [["model", *EPSILONS], ["vitdiff", same, same]]
+    colour = make_run()._replace(attack=dict(pgd={0.000980392: 1, 0.0156863: 1}))
+    assert [*stats.attack_errors(colour)["pgd"]] == ["epsilon 0.25/255", "epsilon 4/255"]
+
+
+def test_words_of_pages(monkeypatch):
+    """The headings of a cell of a page say which figure it shows: of which runs, under what, and what was removed."""
+    met = dict(gaussian_noise=[10, 20, 30, 40, 50], shot_noise=[0] * 5, impulse_noise=[30] * 5) | {
+        name: [40] * 5 for name in report.REST} | dict(contrast=[10, 20, 50, 30, 40])
+    runs, others = ([measure(make_run(model, seed, errors=met), less) for model, less in [("vit", 0), ("vitdiff", gain)]
+                     for seed in range(2)] for gain in (-0.1, -0.05))
+    monkeypatch.setattr(report, "runs_at", {"reference+controls": runs, "reference": runs, "controls": others}.get)
+
+    def cell(headings):
+        return report.write_column([report.meaning(f"MNIST, {headings}")], by_holm=False)[0]
+
+    for error, found in {"": 30, " at severity 3": 50, " without offset": 20, " without random vector": 50,
+                         " without offset of the class token": 30, " without offset of another corruption": 60}.items():
+        assert cell(f"vit, error{error}, contrast") == f"{found}.0%"
+    assert cell("vit, error, three noises") == "20.0%" and cell("vit, error, the rest") == "38.0%"
+    assert [cell(f"vit, {attack} error, epsilon 0.04") for attack in ("robust", "fgsm", "sign noise")] == [
+        "70.0%", "40.0%", "12.0%"]
+    assert cell("vit, fall in error without offset, contrast") == "+30.00"
+    assert cell("vit - vitdiff, fall in error without offset, contrast") == "-10.00"
+    assert cell("vit - vitdiff, error of the first without offset, contrast") == "-30.00"  # 20 less 50
+    assert cell("vitdiff / vit, error without offset, contrast") == "0.50"
+    assert cell("vitdiff - vit, error without offset, contrast, reference / controls") == "2.00"
+    with pytest.raises(UserError, match="too few runs of vit in reference.controls that have: robust error"):
+        cell("vit, robust error")  # without an epsilon
 
 
 def test_amounts_never_mix():
@@ -260,7 +329,7 @@ def test_compare():
 def test_a_screen(datasets, models):
     """However many lines there are, 40 are printed at most, all of them where they fit; what is left out is said."""
     runs = [make_run(f"model{i}", dataset=f"data{j}") for i in range(models) for j in range(datasets)]
-    text = report.overview(stats.arrange(runs), Path("out")).splitlines()
+    text = plot.overview(stats.arrange(runs), Path("out")).splitlines()
     left = sum(int(line.split()[1]) for line in text if line.startswith("... "))
     assert len(text) + 1 <= 40 and sum(line.startswith("model") for line in text) + left == datasets * models
     assert (left > 0) == (datasets * (models + 2) + 3 > 40)
@@ -509,7 +578,7 @@ def test_verdicts_of_few_seeds(seeds):
     runs += [make_run("vitlate", seed + seeds - 1) for seed in range(2)]
     runs += [make_run("vitshort", seed, epochs=2) for seed in range(seeds)]
     (line_of, lines), = stats.arrange(runs).items()
-    text = report.overview({line_of: lines}, Path("out"))
+    text = plot.overview({line_of: lines}, Path("out"))
     said = {row[0].split(",")[0]: row[5:] for row in (re.split("  +", line) for line in text.splitlines())}
     assert said["vitlate"] == ["no two seeds in common"] and said["vitshort"] == ["no vit of this recipe"]
     assert said["vit"] == [] and stats.sign_flip_p([1] * 5) > 0.05 > stats.sign_flip_p([1] * 6)

@@ -3,7 +3,10 @@
     python analysis.py runs/mnist-vit-seed0 --analysis aligned
 
 The offset of a block is the mean of each head's output at each token over some corrupted validation images, less the
-same mean over the clean validation split. It is subtracted at the test, before any norm of the head.
+same mean over the clean validation split. It is subtracted at the test, before any norm of the head. Controls, at
+severity 3, by the end of the condition's name, are what else is subtracted: _random, vectors of the same norm at each
+token; _class_token, the offset at this token alone; _by_contrast, the offset of contrast; _pixels, from the images what
+the corruption adds to the mean of each pixel.
 Related: the statistics of batch norms, estimated again at the test (Schneider et al. 2020, arXiv 2006.16971; Nado et
 al. 2020, arXiv 2006.10963). Here nothing is rescaled, and an offset is one of a head and a token, as layer norms have
 no statistics.
@@ -27,19 +30,15 @@ ALIGNED_SEVERITIES = [1, 3, 5]
 ALIGNED_IMAGES = [10, 100, 1_000]
 
 
-def random_like(offset):
+def random_like(offset, *key):
     """A random vector of the same norm at each token: (H, N, e)."""
-    draws = torch.randn(offset.shape, generator=data.generator_of("random offset")).to(offset.device)
+    draws = torch.randn(offset.shape, generator=data.generator_of("random offset", *key)).to(offset.device)
     return draws * offset.norm(dim=(0, 2), keepdim=True) / draws.norm(dim=(0, 2), keepdim=True)
 
 
 def at_class_token(offset):
     """The offset (H, N, e) at the class token, and 0 at the others."""
     return F.pad(offset[:, :1], (0, 0, 0, offset.shape[1] - 1))
-
-
-# What is subtracted in place of the offset, as controls, at severity 3.
-CONTROLS = {"random": random_like, "class_token": at_class_token}
 
 
 def find_joint(attn, x):
@@ -55,24 +54,19 @@ def find_joint(attn, x):
 
 
 @contextlib.contextmanager
-def subtracted(joints, offsets):
-    """A block in which each of these modules is given the outputs of heads less an offset (H, N, e)."""
+def subtracted(modules, offsets):
+    """A block in which each of these modules is given its input less an offset: of the outputs of heads (H, N, e)."""
     def subtract(offset, module, inputs):
         fitting = offset if inputs[0].ndim == 4 else merge_heads(offset[None])[0]
         return inputs[0] - fitting[..., :inputs[0].shape[-2], :]  # the last block may compute the class token alone
 
-    hooks = [joint.register_forward_pre_hook(functools.partial(subtract, offset))
-             for joint, offset in zip(joints, offsets)]
+    hooks = [module.register_forward_pre_hook(functools.partial(subtract, offset))
+             for module, offset in zip(modules, offsets, strict=True)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def head_means(model, images):
-    """The mean over images (B, C, H, W) of what each head adds up: for each block (H, N, e)."""
-    return [sum(terms).mean(0) for terms in model.attention_branches(images)]
 
 
 def find_offsets(model, joints, images, means, change=lambda offset: offset):
@@ -87,24 +81,34 @@ def find_offsets(model, joints, images, means, change=lambda offset: offset):
     return offsets
 
 
+def pixel_and_head_means(model, images):
+    """The means over images (B, C, H, W) of the pixels, (C, H, W), and of what each head adds up: for each block
+    (H, N, e)."""
+    return [images.mean(0), *(sum(terms).mean(0) for terms in model.attention_branches(images))]
+
+
 def aligned_offsets(model, joints, split, settings):
-    """The offsets to be subtracted under each condition, by images of the validation split: {(condition, severity,
-    images): (the corruption to be tested on, offsets)}."""
-    sums = [[len(images) * mean for mean in head_means(model, images)]
+    """What is to be subtracted under each condition, by images of the validation split: {(condition, severity, images):
+    (the corruption to be tested on, modules, offsets)}. Controls at severity 3."""
+    sums = [[len(images) * mean for mean in pixel_and_head_means(model, images)]
             for images, _ in data.evaluation_batches(split, settings)]
-    means = [sum(block) / len(split.labels) for block in zip(*sums)]
-    _, clean = next(data.evaluation_pixels(split, settings))
+    pixel_mean, *means = [sum(part) / len(split.labels) for part in zip(*sums)]
+    clean = next(data.evaluation_pixels(split, settings))[1][:ALIGNED_IMAGES[-1]]
     counts, found = sorted({min(count, len(clean)) for count in ALIGNED_IMAGES}), {}
     for name, severity in [("clean", 0), *itertools.product(ALIGNED, ALIGNED_SEVERITIES)]:
         # The random numbers are those of no image of the test split.
         images = data.normalize(corruptions.corrupt(clean, name, severity, 10**9, split, settings), settings["dataset"])
-        found[name, severity, 0] = name, []
+        found[name, severity, 0] = name, [], []
         for count in counts:
-            found[name, severity, count] = name, find_offsets(model, joints, images[:count], means)
-        for control, change in CONTROLS.items() if severity == 3 else []:
-            found[f"{name}_{control}", 3, counts[-1]] = name, find_offsets(model, joints, images, means, change)
+            offsets = find_offsets(model, joints, images[:count], means)
+            found[name, severity, count] = name, joints, offsets
+        for control, modules, others in [
+                ("random", joints, [random_like(offset, name, block) for block, offset in enumerate(offsets)]),
+                ("class_token", joints, find_offsets(model, joints, images, means, at_class_token)),
+                ("pixels", [model], [images.mean(0) - pixel_mean])] if severity == 3 else []:
+            found[f"{name}_{control}", 3, counts[-1]] = name, modules, others
     for name, other in zip(ALIGNED, ALIGNED[3:] + ALIGNED[:3]):
-        found[f"{name}_by_{other}", 3, counts[-1]] = name, found[other, 3, counts[-1]][1]
+        found[f"{name}_by_{other}", 3, counts[-1]] = name, *found[other, 3, counts[-1]][1:]
     return found
 
 
@@ -121,10 +125,10 @@ def measure_aligned(net, split, validation, settings):
     sums = [{key: [] for key in of_model} for of_model in offsets]
 
     def add(name, severity, images, labels):
-        for model, own_joints, of_model, own_sums in zip(net.models, joints, offsets, sums):
-            for key, (tested, own_offsets) in of_model.items():
+        for model, of_model, own_sums in zip(net.models, offsets, sums):
+            for key, (tested, modules, own_offsets) in of_model.items():
                 if (tested, key[1]) == (name, severity):
-                    with subtracted(own_joints, own_offsets):
+                    with subtracted(modules, own_offsets):
                         own_sums[key].append(torch.stack(stack.evaluate_batch(
                             model, images, labels, settings["label_smoothing"])))
 

@@ -276,10 +276,13 @@ def choose_analyses(model, images, wanted=None):
 
 
 def analyse(folders, net, splits, settings, wanted=None):
-    """Write the wanted files of ANALYSES of trained models, whose runs differ in their seed alone; returns the names of
-    those that could be written."""
+    """Write the wanted files of ANALYSES of trained models, whose runs differ in their seed alone, or those of
+    by_itself() that can be written; returns their names."""
     net.eval()
     names = choose_analyses(net.models[0], first_images(splits["test"], settings), wanted)
+    for name in set(wanted or names) - set(names):
+        raise UserError(f"{settings['model']}: {name} needs {ANALYSES[name].needs}(x) of its attention: write that, or "
+                        "leave the analysis out")
     for name in tqdm(names, desc="analysis", unit=" files", leave=False, disable=None):
         row = ANALYSES[name]
         for folder, found in zip(folders, row.measure(net, *(splits[part] for part in row.splits), settings)):
@@ -366,15 +369,15 @@ def analyse_stack(folders, device, args):
         for name, (loss, accuracy) in [("again", figures), ("recorded", recorded)]:
             print(f"{name:8}  test loss {loss:.6f}  test accuracy {accuracy:.2%}  {folder}", flush=True)
     wanted = [name for name in ANALYSES if Path(name).stem in args.analysis] if args.analysis else None
-    names = analyse(folders, net, splits, settings, wanted)
-    for name in set(wanted or names) - set(names):
-        raise UserError(f"{settings['model']}: {name} needs {ANALYSES[name].needs}(x) of its attention: write that, or "
-                        "leave the analysis out")
-    for folder, (own_settings, own_facts), summary in zip(folders, configs, summaries):
-        if args.plugin:
-            records.write_json(folder / "config.json", dict(settings=own_settings,
-                                                            facts=own_facts | dict(analysed_by=executed)))
-        records.write_summary(folder, summary)
+    try:
+        names = analyse(folders, net, splits, settings, wanted)
+    finally:  # what was written before an error belongs to the run
+        for folder, (own_settings, own_facts), summary in zip(folders, configs, summaries):
+            if args.plugin:
+                records.write_json(folder / "config.json", dict(settings=own_settings,
+                                                                facts=own_facts | dict(analysed_by=executed)))
+            records.write_summary(folder, summary)
+    for folder in folders:
         print(f"{', '.join(names) or 'nothing'} written into {folder}", flush=True)
 
 

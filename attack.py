@@ -15,19 +15,26 @@ import data
 import stack
 from command import UserError
 
-ATTACKED_IMAGES, STEPS = 1_000, 40
+ATTACKED_IMAGES, STEPS, TARGETS = 1_000, 20, 9
 EPSILONS = [0.01, 0.02, 0.04, 0.08, 0.16], [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255]  # for grey, for colour
 
 
-def answer(net, x, labels, settings):
+def right_and_wrong(logits, labels):
+    """Of logits (S, B, classes) that of the right class, (S, B), and those of the others, with -inf for the right."""
+    return logits.gather(2, labels[..., None]).squeeze(2), logits.scatter(2, labels[..., None], -math.inf)
+
+
+def answer(net, x, labels, settings, targets=None):
     """What each model answers to images x (S, B, C, H, W) from 0 to 1: the loss of each image and its margin, the best
-    wrong logit minus the right one, (S, B) each, and the gradient of the margin by x."""
+    wrong logit minus the right one, (S, B) each; all wrong logits; and the gradient by x of the margin, or of the logit
+    of targets (S, B) minus the right one."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = net(data.normalize(255 * x, settings["dataset"]))
-        wrong = logits.scatter(2, labels[..., None], -math.inf).amax(2)
-        margin = wrong - logits.gather(2, labels[..., None]).squeeze(2)
-        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        right, wrong = right_and_wrong(logits, labels)
+        margin = wrong.amax(2) - right
+        aim = margin if targets is None else logits.gather(2, targets[..., None]).squeeze(2) - right
+        (gradient,) = torch.autograd.grad(aim.sum(), x)
     loss = F.cross_entropy(logits.detach().flatten(0, 1), labels.flatten(), reduction="none",
                            label_smoothing=settings["label_smoothing"]).view_as(labels)
     largest = gradient.flatten(2).abs().amax(2)  # nan where a part is nan
@@ -35,7 +42,7 @@ def answer(net, x, labels, settings):
     if useless:
         raise UserError(f"{settings['model']}: the gradient of {useless} of {labels.numel()} images is zero or not "
                         "finite: an attack by gradients says nothing of how robust this model is")
-    return loss, margin.detach(), gradient
+    return loss, margin.detach(), wrong.detach(), gradient
 
 
 def near(clean, epsilon, x):
@@ -43,33 +50,44 @@ def near(clean, epsilon, x):
     return torch.minimum(torch.maximum(x, clean - epsilon), clean + epsilon).clamp(0, 1)
 
 
-def ascend(net, clean, labels, draws, epsilon, settings, steps=STEPS):
-    """Projected gradient ascent of the margin from a random start: yields images (S, B, C, H, W), their loss and their
-    margin, (S, B) each, of the start and after each step. draws: uniform numbers from 0 to 1, (B, C, H, W)."""
+def ascend(net, clean, labels, targets, draws, epsilon, settings, steps=STEPS):
+    """Projected gradient ascent of the logit of targets (S, B) minus the right one, from a random start, by steps that
+    fall from 2 epsilon to 0: yields images (S, B, C, H, W), their loss and their margin, (S, B) each, of the start and
+    after each step. draws: uniform numbers from 0 to 1, (B, C, H, W)."""
     x = near(clean, epsilon, clean + epsilon * (2 * draws - 1))
-    for _ in range(steps + 1):
-        loss, margin, gradient = answer(net, x, labels, settings)
+    for step in range(steps + 1):
+        loss, margin, _, gradient = answer(net, x, labels, settings, targets)
         yield x, loss, margin
-        x = near(clean, epsilon, x + 2.5 * epsilon / steps * gradient.sign())
+        x = near(clean, epsilon, x + 2 * epsilon * (1 - step / steps) * gradient.sign())
 
 
-def attack(net, clean, unattacked, labels, draws, epsilon, settings):
-    """Attack images (S, B, C, H, W) from 0 to 1 within epsilon of each pixel: {attack: loss and margin, (S, B) each};
-    where the margin is above 0 the answer is wrong. unattacked: the answer to the clean images. Of the steps of pgd the
-    one with the largest margin counts, and the clean image is one of them."""
-    loss, worst, gradient = unattacked
-    found = {name: answer(net, near(clean, epsilon, clean + epsilon * signs), labels, settings)[:2] for name, signs in
-             [("fgsm", gradient.sign()), ("sign_noise", (2 * draws - 1).sign())]}
-    for _, new_loss, margin in ascend(net, clean, labels, draws, epsilon, settings):
-        loss, worst = torch.where(margin > worst, new_loss, loss), torch.maximum(margin, worst)
-    return {"pgd": (loss, worst)} | found
+def attack(net, clean, labels, draws, settings, epsilons):
+    """Attack images (S, B, C, H, W) from 0 to 1 within each epsilon of each pixel: yields an epsilon and {attack: loss
+    and margin, (S, B) each}; where the margin is above 0 the answer is wrong. What pgd has found at a smaller epsilon
+    counts at a larger one, and so does the step of fgsm."""
+    loss, worst, wrong, gradient = answer(net, clean, labels, settings)
+    targets = wrong.argsort(2, descending=True)[..., :min(TARGETS, wrong.shape[2] - 1)].unbind(2)
+    for epsilon in epsilons:
+        found = {name: answer(net, near(clean, epsilon, clean + epsilon * signs), labels, settings)[:2]
+                 for name, signs in [("fgsm", gradient.sign()), ("sign_noise", (2 * draws - 1).sign())]}
+        larger = found["fgsm"][1] > worst
+        loss, worst = (torch.where(larger, new, old) for new, old in zip(found["fgsm"], (loss, worst)))
+        for target in targets:
+            withstands = worst <= 0
+            left = withstands.any(0).nonzero().squeeze(1)  # images
+            for _, *new in ascend(net, clean[:, left], labels[:, left], target[:, left], draws[left], epsilon, settings):
+                larger = withstands[:, left] & (new[1] > worst[:, left])
+                for whole, part in zip((loss, worst), new):
+                    whole[:, left] = torch.where(larger, part, whole[:, left])
+        yield epsilon, {"pgd": (loss.clone(), worst.clone())} | found
 
 
 def measure_attack(net, split, settings):
     """The rows of attack.csv of each model: loss and accuracy on the first images of a split under attack.
 
-        pgd         40 steps of 2.5 epsilon / 40 up the gradient of the margin, from a random start
-        fgsm        one step of epsilon
+        pgd         up the gradient of the logit of each wrong class (the nine likeliest) minus the right one: for each
+                    20 steps from a random start
+        fgsm        one step of epsilon up the gradient of the margin
         sign_noise  a random sign times epsilon at each pixel, which needs no gradient
 
     Raises:
@@ -81,9 +99,7 @@ def measure_attack(net, split, settings):
     draws = torch.rand(pixels.shape, generator=data.generator_of("attack")).to(pixels.device)
     for images, labels, numbers in data.cache_sized(pixels / 255, split.labels[:len(pixels)], draws):
         clean, labels = (tensor.expand(len(net.models), *tensor.shape) for tensor in (images, labels))
-        unattacked = answer(net, clean, labels, settings)
-        for epsilon in EPSILONS[pixels.shape[1] > 1]:
-            found = attack(net, clean, unattacked, labels, numbers, epsilon, settings)
+        for epsilon, found in attack(net, clean, labels, numbers, settings, EPSILONS[pixels.shape[1] > 1]):
             for name, (loss, margin) in found.items():
                 sums.setdefault((name, epsilon), []).append(torch.stack([loss.sum(1), (margin < 0).sum(1)]))
     means = {key: (stack.total(parts) / len(pixels)).T.tolist() for key, parts in sums.items()}

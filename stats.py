@@ -272,7 +272,7 @@ GAUSSIAN_PARTS = ["gaussian_noise_shift", "gaussian_noise_fluctuation"]
 OFFSETS = ["image_offset", "patch_offset"]
 REMOVED = {  # what was taken out of the heads' outputs: what follows the corruption in the conditions of aligned.csv
     "offset": "", "random vector": "_random", "offset of the class token": "_class_token",
-    "offset of another corruption": "_by_.*"}
+    "offset of another corruption": "_by_.*", "offset of the pixels": "_pixels"}
 
 
 def in_print(dataset):

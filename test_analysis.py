@@ -449,12 +449,12 @@ def test_offsets_are_taken_out(name):
     their mean is that of clean images; subtracting nothing changes nothing."""
     (settings, (model,)), split = models_of(name, 1), mnist()["val"]
     clean = data.normalize(split.images[:50].float(), "mnist")
-    noisy, means = clean + 0.5, align.head_means(model, clean)
+    noisy, (_, *means) = clean + 0.5, align.pixel_and_head_means(model, clean)
     joints = [align.find_joint(attn, x) for attn, x in model.attention_inputs(clean[:2])]
     offsets = align.find_offsets(model, joints, noisy, means)
     for block, mean in enumerate(means):
         with align.subtracted(joints[:block], offsets[:block]):
-            close(align.head_means(model, noisy)[block] - offsets[block], mean, rtol=1e-4, atol=1e-5)
+            close(align.pixel_and_head_means(model, noisy)[1 + block] - offsets[block], mean, rtol=1e-4, atol=1e-5)
     with align.subtracted(joints, [0 * offset for offset in offsets]):
         close(model(noisy), model(noisy.clone()))
     with align.subtracted(joints, offsets):
@@ -463,8 +463,8 @@ def test_offsets_are_taken_out(name):
 
 
 def test_attack_is_honest():
-    """In the mean PGD is never weaker than FGSM, nor that than random signs; a stack is attacked as each model alone;
-    and a model without a gradient is refused."""
+    """In the mean PGD is never weaker than FGSM, nor that than random signs, nor at a larger epsilon; a stack is attacked
+    as each model alone; and a model without a gradient is refused."""
     settings, models = models_of("vit", 2)
     split = cut(mnist()["test"], 30)
     tables = attack.measure_attack(stack.StackedModel(models), split, settings)
@@ -473,7 +473,8 @@ def test_attack_is_honest():
         close([list(row.values())[1:] for row in rows], [list(row.values())[1:] for row in alone], rtol=1e-3, atol=1e-3)
         for pgd, fgsm, sign_noise in zip(*[iter(rows)] * 3):
             assert pgd["test_accuracy"] <= fgsm["test_accuracy"] <= sign_noise["test_accuracy"] + 0.05
-    assert tables[0][-3]["test_accuracy"] < tables[0][0]["test_accuracy"]
+        accuracies = [pgd["test_accuracy"] for pgd in rows[::3]]
+        assert accuracies == sorted(accuracies, reverse=True) and accuracies[-1] < rows[2]["test_accuracy"]
 
     class Flat(stack.StackedModel):
         def forward(self, images):

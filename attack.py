@@ -61,7 +61,7 @@ def ascend(net, clean, labels, targets, draws, epsilon, settings, steps=STEPS):
         x = near(clean, epsilon, x + 2 * epsilon * (1 - step / steps) * gradient.sign())
 
 
-def attack(net, clean, labels, draws, settings, epsilons):
+def attack(net, clean, labels, draws, settings, epsilons, steps=STEPS):
     """Attack images (S, B, C, H, W) from 0 to 1 within each epsilon of each pixel: yields an epsilon and {attack: loss
     and margin, (S, B) each}; where the margin is above 0 the answer is wrong. What pgd has found at a smaller epsilon
     counts at a larger one, and so does the step of fgsm."""
@@ -75,7 +75,8 @@ def attack(net, clean, labels, draws, settings, epsilons):
         for target in targets:
             withstands = worst <= 0
             left = withstands.any(0).nonzero().squeeze(1)  # images
-            for _, *new in ascend(net, clean[:, left], labels[:, left], target[:, left], draws[left], epsilon, settings):
+            for _, *new in ascend(net, clean[:, left], labels[:, left], target[:, left], draws[left], epsilon, settings,
+                                  steps):
                 larger = withstands[:, left] & (new[1] > worst[:, left])
                 for whole, part in zip((loss, worst), new):
                     whole[:, left] = torch.where(larger, part, whole[:, left])

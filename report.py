@@ -445,7 +445,7 @@ def write_column(cells, by_holm):
     signs = "".join(cell["place"] + cell["model"] for cell in cells)
     if " / " in signs:
         return [f"{sum(values) / sum(others):.2f}" for values, others in samples]
-    if " - " in signs or "fall" in figure:
+    if " - " in signs:
         found = stats.compare({i: values for i, (values, _) in enumerate(samples)}).values()
         return [f"{row.p_holm:.2g}" if by_holm else difference_cell(row, 4 if "loss" in figure else 2) for row in found]
     form, _ = FIGURES.get(figure, ("{:.1f}%", None))

@@ -446,6 +446,12 @@ def of_names(figure_of, **options):
     return lambda run, corruption: figure_of(*corruption.split(" "), **options)(run)
 
 
+def share_removed(run, corruption):
+    """In percent of what a corruption of severity 3 adds to the error, what is gone when the offset was taken out."""
+    left, as_it_is = (FIGURES[f"error {which}"][1](run, corruption) for which in ("without offset", "at severity 3"))
+    return 100 * (as_it_is - left) / (as_it_is - 100 + test_accuracy(run))
+
+
 BRANCHES = {"first branch": "noise_to_signal_1", "second branch": "noise_to_signal_2", "output": "noise_to_signal",
             "cosine of changes": "noise_cosine", "cosine of clean outputs": "signal_cosine"}
 FIGURES = {
@@ -459,8 +465,7 @@ FIGURES = {
     "error at severity 3": ("{:.1f}%", of_names(error_under, first=3, last=3)),
     **{f"error without {removed}": ("{:.1f}%", of_names(functools.partial(error_without, removed)))
        for removed in REMOVED},
-    "fall in error without offset": ("{:+.2f}", lambda *of: FIGURES["error at severity 3"][1](*of)
-                                     - FIGURES["error without offset"][1](*of)),
+    "share of excess removed": ("{:.1f}%", share_removed),
     **{word: ("{:.1f}%", lambda run, epsilon, attack=attack: error_under_attack(attack, epsilon)(run))
        for word, attack in {"robust error": "pgd", "fgsm error": "fgsm", "sign noise error": "sign_noise"}.items()},
     "irrelevant share": ("{:.1f}%", lambda run, *_: trained_irrelevant_share(run)),

@@ -60,7 +60,7 @@ def measure(run, less=0.0):
         aligned=records.aligned_of(rows("""
             clean,0,0,.88 clean,0,10,.87 contrast,1,0,.8 contrast,1,10,.84 contrast,3,0,.6 contrast,3,10,.8
             contrast,5,0,.4 contrast,5,10,.46 contrast_random,3,10,.5 contrast_class_token,3,10,.7
-            contrast_by_shot_noise,3,10,.4""", "condition", "severity", "images")),
+            contrast_by_shot_noise,3,10,.4 contrast_pixels,3,10,.9""", "condition", "severity", "images")),
         attack=records.attack_of(rows("""
             pgd,0.01,.7 pgd,0.04,.3 fgsm,0.01,.8 fgsm,0.04,.6 sign_noise,0.01,.9 sign_noise,0.04,.88
             """, "attack", "epsilon")))
@@ -264,7 +264,8 @@ def test_offsets_and_attacks():
                        ["contrast, mean of 1, 3, 5", "vitdiff", cells[31], cells[21]],
                        ["clean", "vit", cells[13], cells[14]], ["clean", "vitdiff", cells[3], cells[4]]]
     assert controls[0][2:] == ["as it is", *stats.REMOVED]
-    assert controls[1] == ["contrast", "vit", cells[41], cells[21], cells[51], cells[31], cells[61]]
+    assert controls[1] == ["contrast", "vit", cells[41], cells[21], cells[51], cells[31], cells[61],
+                           cells[11]]
     same = "-10.00 (-10.00 to -10.00)"
     assert compared == [["model", "contrast"], ["vitdiff", same]]
     errors, compared = rows_of(tables_of(runs)["attack-table"])
@@ -292,8 +293,8 @@ def test_words_of_pages(monkeypatch):
     assert cell("vit, error, three noises") == "20.0%" and cell("vit, error, the rest") == "38.0%"
     assert [cell(f"vit, {attack} error, epsilon 0.04") for attack in ("robust", "fgsm", "sign noise")] == [
         "70.0%", "40.0%", "12.0%"]
-    assert cell("vit, fall in error without offset, contrast") == "+30.00"
-    assert cell("vit - vitdiff, fall in error without offset, contrast") == "-10.00"
+    assert cell("vit, share of excess removed, contrast") == "62.5%"  # of the 48 points that contrast adds
+    assert cell("vit - vitdiff, share of excess removed, contrast") == "+20.83"
     assert cell("vit - vitdiff, error of the first without offset, contrast") == "-30.00"  # 20 less 50
     assert cell("vitdiff / vit, error without offset, contrast") == "0.50"
     assert cell("vitdiff - vit, error without offset, contrast, reference / controls") == "2.00"

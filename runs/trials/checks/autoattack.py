@@ -9,7 +9,7 @@ test images: apgd_ce and apgd_t (100 steps; all nine wrong classes), fab_t (like
 does not break; fewer: the other way round.
 
     pgd, fgsm             those of attack.py
-    pgd_80                pgd with twice the steps
+    pgd_40                pgd with twice the steps
     pgd_5                 images that any of five random starts of pgd breaks
     apgd_ce, apgd_t, fab_t    one after the other, each on the images that are left; the figure counts all so far
     square                alone, on all images
@@ -46,17 +46,15 @@ class FromPixels(torch.nn.Module):
 def break_by_pgd(net, clean, labels, draws, epsilon, settings):
     """Which of images (B, C, H, W) from 0 to 1 our attacks break: {attack: (B,)}. draws: (RESTARTS, B, C, H, W)."""
     x, y = clean[None], labels[None]
-    unattacked = attack.answer(net, x, y, settings)
-    found = attack.attack(net, x, unattacked, y, draws[0], epsilon, settings)
+    ((_, found),) = attack.attack(net, x, y, draws[0], settings, [epsilon])
     broken = {name: found[name][1][0] >= 0 for name in ("pgd", "fgsm")}
-    margins = [margin for _, _, margin in attack.ascend(net, x, y, draws[0], epsilon, settings, 2 * attack.STEPS)]
-    broken["pgd_80"] = torch.cat([unattacked[1], *margins]).amax(0) >= 0
-    broken["pgd_5"] = broken["pgd"].clone()
+    ((_, twice),) = attack.attack(net, x, y, draws[0], settings, [epsilon], 2 * attack.STEPS)
+    broken |= dict(pgd_40=twice["pgd"][1][0] >= 0, pgd_5=broken["pgd"].clone())
     for numbers in draws[1:]:
         left = (~broken["pgd_5"]).nonzero().squeeze(1)
         if len(left):
-            ascent = attack.ascend(net, x[:, left], y[:, left], numbers[left], epsilon, settings)
-            broken["pgd_5"][left] = torch.cat([margin for _, _, margin in ascent]).amax(0) >= 0
+            ((_, again),) = attack.attack(net, x[:, left], y[:, left], numbers[left], settings, [epsilon])
+            broken["pgd_5"][left] = again["pgd"][1][0] >= 0
     return broken
 
 

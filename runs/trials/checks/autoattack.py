@@ -28,7 +28,7 @@ from intervention import HERE, data, records, stack
 import attack
 import plugins
 
-TARGETS = {0.04: (9, 3), 0.08: (9, 3), 0.02: (3, 0), 0.16: (9, 3), 0.01: (3, 0)}  # epsilon: of apgd_t, of fab_t
+TARGETS = {0.04: (9, 3), 0.08: (9, 3), 0.16: (9, 3), 0.02: (3, 0), 0.01: (3, 0)}  # epsilon: of apgd_t, of fab_t
 BATCH, RESTARTS, STEPS, QUERIES = 250, 5, 100, 1_000
 
 

@@ -62,25 +62,27 @@ def ascend(net, clean, labels, targets, draws, epsilon, settings, steps=STEPS):
 
 
 def attack(net, clean, labels, draws, settings, epsilons, steps=STEPS):
-    """Attack images (S, B, C, H, W) from 0 to 1 within each epsilon of each pixel: yields an epsilon and {attack: loss
-    and margin, (S, B) each}; where the margin is above 0 the answer is wrong. What pgd has found at a smaller epsilon
-    counts at a larger one, and so does the step of fgsm."""
-    loss, worst, wrong, gradient = answer(net, clean, labels, settings)
+    """Attack images (S, B, C, H, W) from 0 to 1 within each epsilon of each pixel: yields, from the largest, an epsilon
+    and {attack: loss and margin, (S, B) each}; where the margin is above 0 the answer is wrong. The step of fgsm counts
+    for pgd; an image that withstands pgd at an epsilon is taken to withstand more of it at a smaller one."""
+    unattacked, margin, wrong, gradient = answer(net, clean, labels, settings)
     targets = wrong.argsort(2, descending=True)[..., :min(TARGETS, wrong.shape[2] - 1)].unbind(2)
-    for epsilon in epsilons:
+    breakable = torch.ones_like(margin, dtype=torch.bool)
+    for epsilon in sorted(epsilons, reverse=True):
         found = {name: answer(net, near(clean, epsilon, clean + epsilon * signs), labels, settings)[:2]
                  for name, signs in [("fgsm", gradient.sign()), ("sign_noise", (2 * draws - 1).sign())]}
-        larger = found["fgsm"][1] > worst
-        loss, worst = (torch.where(larger, new, old) for new, old in zip(found["fgsm"], (loss, worst)))
+        larger = found["fgsm"][1] > margin
+        worst = [torch.where(larger, new, old) for new, old in zip(found["fgsm"], (unattacked, margin))]
         for target in targets:
-            withstands = worst <= 0
+            withstands = breakable & (worst[1] <= 0)
             left = withstands.any(0).nonzero().squeeze(1)  # images
             for _, *new in ascend(net, clean[:, left], labels[:, left], target[:, left], draws[left], epsilon, settings,
                                   steps):
-                larger = withstands[:, left] & (new[1] > worst[:, left])
-                for whole, part in zip((loss, worst), new):
+                larger = withstands[:, left] & (new[1] > worst[1][:, left])
+                for whole, part in zip(worst, new):
                     whole[:, left] = torch.where(larger, part, whole[:, left])
-        yield epsilon, {"pgd": (loss.clone(), worst.clone())} | found
+        breakable = worst[1] > 0
+        yield epsilon, {"pgd": worst} | found
 
 
 def measure_attack(net, split, settings):
@@ -105,4 +107,5 @@ def measure_attack(net, split, settings):
                 sums.setdefault((name, epsilon), []).append(torch.stack([loss.sum(1), (margin < 0).sum(1)]))
     means = {key: (stack.total(parts) / len(pixels)).T.tolist() for key, parts in sums.items()}
     return [[dict(attack=name, epsilon=epsilon, test_loss=values[i][0], test_accuracy=values[i][1])
-             for (name, epsilon), values in means.items()] for i in range(len(net.models))]
+             for (name, epsilon), values in sorted(means.items(), key=lambda item: item[0][1])]
+            for i in range(len(net.models))]

@@ -439,17 +439,21 @@ def sample(place, model, figure, first=None, **said):
 
 
 def write_column(cells, by_holm):
-    """The texts of a column: means; of differences their means with 95% intervals, or their p by Holm for all; of
-    ratios those of the means."""
+    """The texts of a column: of models means; of differences their means with 95% intervals, or their p by Holm for all;
+    of ratios those of the means."""
     samples, figure = [sample(**cell) for cell in cells], cells[0]["figure"]
-    signs = "".join(cell["place"] + cell["model"] for cell in cells)
-    if " / " in signs:
-        return [f"{sum(values) / sum(others):.2f}" for values, others in samples]
-    if " - " in signs:
-        found = stats.compare({i: values for i, (values, _) in enumerate(samples)}).values()
-        return [f"{row.p_holm:.2g}" if by_holm else difference_cell(row, 4 if "loss" in figure else 2) for row in found]
+    signs = [cell["place"] + cell["model"] for cell in cells]
+    found = stats.compare({i: values for i, (values, _) in enumerate(samples) if " - " in signs[i]})
     form, _ = FIGURES.get(figure, ("{:.1f}%", None))
-    return [write(statistics.fmean(values), form) for values, _ in samples]
+
+    def text_of(i, values, others):
+        if " / " in signs[i]:
+            return f"{sum(values) / sum(others):.2f}"
+        if i not in found:
+            return write(statistics.fmean(values), form)
+        return f"{found[i].p_holm:.2g}" if by_holm else difference_cell(found[i], 4 if "loss" in figure else 2)
+
+    return [text_of(i, *parts) for i, parts in enumerate(samples)]
 
 
 TABLE = re.compile(r"(<!-- table: (.+) -->\n)((?:\|.*\|\n){3,})(?=<!-- end of table -->)")

@@ -296,6 +296,8 @@ def test_words_of_pages(monkeypatch):
     assert cell("vit, share of excess removed, contrast") == "62.5%"  # of the 48 points that contrast adds
     assert cell("vit - vitdiff, share of excess removed, contrast") == "+20.83"
     assert cell("vit - vitdiff, error of the first without offset, contrast") == "-30.00"  # 20 less 50
+    assert report.write_column([report.meaning(f"MNIST, {model}, error without offset, contrast")
+                                for model in ("vit", "vit - vitdiff")], by_holm=False) == ["20.0%", "+10.00"]
     assert cell("vitdiff / vit, error without offset, contrast") == "0.50"
     assert cell("vitdiff - vit, error without offset, contrast, reference / controls") == "2.00"
     with pytest.raises(UserError, match="too few runs of vit in reference.controls that have: robust error"):

@@ -294,7 +294,7 @@ def test_words_of_pages(monkeypatch):
     assert [cell(f"vit, {attack} error, epsilon 0.04") for attack in ("robust", "fgsm", "sign noise")] == [
         "70.0%", "40.0%", "12.0%"]
     assert cell("vit, share of excess removed, contrast") == "62.5%"  # of the 48 points that contrast adds
-    assert cell("vit - vitdiff, share of excess removed, contrast") == "+20.83"
+    assert cell("vit - vitdiff, share of excess removed, contrast") == "-20.83"
     assert cell("vit - vitdiff, error of the first without offset, contrast") == "-30.00"  # 20 less 50
     assert report.write_column([report.meaning(f"MNIST, {model}, error without offset, contrast")
                                 for model in ("vit", "vit - vitdiff")], by_holm=False) == ["20.0%", "+10.00"]

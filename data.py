@@ -318,7 +318,7 @@ def map_affinely(pixels, draws, rotation, scale, shear, shift):
     grid = theta.flatten(0, 1) @ pixel_centers(side, pixels.device)  # F.affine_grid takes five times as long
     grid = grid.view(-1, 2, side, side).permute(0, 2, 3, 1)
     # Bilinear interpolation would blur the images that a model learns from, and not those that it is tested on.
-    return F.grid_sample(pixels, grid, mode="bicubic", align_corners=False).clamp(0, 255)
+    return F.grid_sample(pixels, grid, mode="bicubic", align_corners=False).clamp_(0, 255)
 
 
 @functools.cache
@@ -483,7 +483,7 @@ def get_batch(split, index, numbers, settings):
 def normalize(pixels, dataset):
     """Pixels (B, C, H, W) from 0 to 255 -> mean 0 and deviation 1 over the training archive."""
     mean, std = pixel_statistics(dataset, pixels.device)
-    return (pixels / 255 - mean) / std
+    return (pixels / 255).sub_(mean).div_(std)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def add(pixels, amount, draws, *_):
 
 
 def add_and_clip(pixels, amount, draws, *_):
-    return add(pixels, amount, draws).clamp(0, 255)
+    return add(pixels, amount, draws).clamp_(0, 255)
 
 
 def clipped_mean(x, amount):
@@ -39,17 +39,25 @@ def clipped_mean(x, amount):
 def count_photons(pixels, white, draws, *_):
     """Poisson counts of mean pixels / 255 * white, white at most, as pixels: the quantiles at `draws`, from 0 to 1.
 
-    A count is how many k < white have P(count <= k) <= draw: found in one sorted table of all pixel values, whose keys
-    are whole numbers so that every device counts the same.
+    A count is how many k < white have P(count <= k) <= draw: found by bisection in the row of a pixel's value, in whole
+    numbers so that every device counts the same. (torch.searchsorted takes four times as long.)
     """
-    keys = pixels.long() * 2**24 + (draws * 2**24).long()  # torch.rand draws multiples of 2^-24
-    counts = torch.searchsorted(photon_keys(white, pixels.device), keys, right=True) - white * pixels.long()
-    return counts * (255 / white)
+    table = photon_table(white, pixels.device)
+    step, draws = table.shape[1] // 2, (draws * 2**24).int().flatten()  # torch.rand draws multiples of 2^-24
+    before, counts = pixels.int().flatten() * table.shape[1] - 1, torch.zeros_like(draws)
+    while step:
+        counts.add_(table.view(-1).index_select(0, before + counts + step) <= draws, alpha=step)
+        step //= 2
+    return (counts * (255 / white)).view_as(pixels)
 
 
 @functools.cache
-def photon_keys(white, device):
-    return (LEVELS.long()[:, None] * 2**24 + (poisson_cdf(white) * 2**24).round().long()).flatten().to(device)
+def photon_table(white, device):
+    """P(count <= k) of a pixel of each value, times 2^24, for k < white and up to a power of 2, where it is never
+    reached: (256, 2^n)."""
+    table = torch.full((256, 2**white.bit_length()), 2**25, dtype=torch.int)
+    table[:, :white] = (poisson_cdf(white) * 2**24).round()
+    return table.to(device)
 
 
 def poisson_cdf(white):
@@ -163,7 +171,7 @@ def mean_table(mean, amount, device):
 
 
 def fluctuate(noise, pixels, *others):
-    return make(noise, pixels, *others) - make(f"{noise}_shift", pixels, *others) + pixels
+    return (make(noise, pixels, *others) - make(f"{noise}_shift", pixels, *others)).add_(pixels)
 
 
 NOISES = [name for name, row in CORRUPTIONS.items() if row.mean]
